@@ -6,8 +6,7 @@
 __all__ = ['Metric', 'METRICS', 'register_metric', 'l1_relative', 'l2_relative', 'cosine_distance', 'relative_distance',
            'DynamicsSummary', 'dynamics_summary']
 
-# %% ../nbs/03_dynamics.ipynb #0fa6b189
-import math
+# %% ../nbs/03_dynamics.ipynb #f03b12de
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,14 +39,14 @@ def l2_relative(before: Tensor, after: Tensor) -> Tensor:
     "Euclidean length of the change over the length of the state before the step."
     return torch.linalg.vector_norm(before - after, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
 
-# %% ../nbs/03_dynamics.ipynb #96313563
+# %% ../nbs/03_dynamics.ipynb #50dcf393
 @register_metric("cosine")
 def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
     "One minus the cosine of the angle between the states before and after the step."
-    unit = [state / torch.linalg.vector_norm(state, dim=-1, keepdim=True) for state in (before, after)]
-    return 1 - (unit[0] * unit[1]).sum(-1)
+    unit_before, unit_after = (state / torch.linalg.vector_norm(state, dim=-1, keepdim=True) for state in (before, after))
+    return (unit_before - unit_after).square().sum(-1) / 2
 
-# %% ../nbs/03_dynamics.ipynb #3d0c013e
+# %% ../nbs/03_dynamics.ipynb #79c74ca3
 def relative_distance(
     trajectory: Tensor,  # (b, n + 1, ...) states along sampling, noisiest first
     metric: str = "l1",  # a registered metric: "l1", "l2" or "cosine" (1 - similarity)
@@ -56,40 +55,41 @@ def relative_distance(
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r} is unknown: choose one of {', '.join(map(repr, METRICS))}, or add one with register_metric")
     if trajectory.ndim < 2 or trajectory.shape[1] < 2:
-        raise ValueError(f"trajectory has shape {tuple(trajectory.shape)}: give (b, n + 1, ...), a batch of at least two states each")
-    x = trajectory if trajectory.dtype == torch.float64 else trajectory.float()
-    x = x.reshape(*x.shape[:2], -1)
-    if not (usable := x.isfinite().all(-1) & (x != 0).any(-1)).all():
-        row, state = (~usable).nonzero()[0].tolist()
-        raise ValueError(f"trajectory {row}, state {state} is not finite or entirely 0: a relative distance needs finite, non-zero latents")
-    return METRICS[metric](x[:, :-1], x[:, 1:])
+        raise ValueError(f"trajectory has shape {tuple(trajectory.shape)}: give (b, n + 1, ...), at least two states per trajectory")
+    states = trajectory if trajectory.dtype == torch.float64 else trajectory.float()
+    states = states.reshape(*states.shape[:2], -1)
+    curves = METRICS[metric](states[:, :-1], states[:, 1:])
+    if not (usable := curves.isfinite()).all():
+        row, step = (~usable).nonzero()[0].tolist()
+        raise ValueError(f"trajectory {row} has no {metric} distance at step {step}: a state there is not finite, or entirely 0")
+    return curves
 
-# %% ../nbs/03_dynamics.ipynb #3b57b42a
+# %% ../nbs/03_dynamics.ipynb #8bea136c
 @dataclass(frozen=True, eq=False)
 class DynamicsSummary:
-    "What a set of dynamics curves has in common, and what it owes to the step, to the prompt, and to chance."
+    "What a set of dynamics curves has in common, and how much of their variance is owed to the step and to the prompt."
 
-    mean: Tensor                               # (steps,) mean curve
-    std: Tensor                                # (steps,) standard deviation over curves
-    step_share: float                          # share of all variance explained by the step (eta squared), in [0, 1]
-    step_interval: tuple[float, float]         # its bootstrap interval
-    group_share: float | None                  # share explained by the prompt on top of the step (chance removed); None without groups
-    group_interval: tuple[float, float] | None # its bootstrap interval
+    mean: Tensor                                # (steps,) mean curve, float64
+    std: Tensor                                 # (steps,) standard deviation over curves, float64
+    step_share: float                           # share of the total variance explained by the step (eta squared), in [0, 1]
+    step_interval: tuple[float, float]          # its bootstrap interval
+    group_share: float | None                   # share explained by the prompt given the step, chance removed; None without groups
+    group_interval: tuple[float, float] | None  # its bootstrap interval
     num_curves: int
     num_groups: int | None
 
-# %% ../nbs/03_dynamics.ipynb #cdae6aca
+# %% ../nbs/03_dynamics.ipynb #430fc38e
 def _shares(counts: Tensor, sizes: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    "Step share and prompt share of resamples in which group g appears counts[r, g] times; (r,) each."
-    n, total = counts @ sizes, counts @ sums                        # (r,), (r, steps)
-    around_zero = counts @ squares.sum(-1)                          # sum of y^2
-    between_steps = (total.square() / n[:, None]).sum(-1)           # sum of n * mean_s^2
-    between_cells = counts @ (sums.square() / sizes[:, None]).sum(-1)
-    grand = total.sum(-1).square() / (n * sums.shape[-1])
-    spread = around_zero - grand
-    groups = counts.sum(-1)
-    chance = (around_zero - between_cells) * (groups - 1) / (n - groups)
-    return (between_steps - grand) / spread, (between_cells - between_steps - chance) / spread
+    "Step and prompt share, (r,) each, of samples in which prompt p appears counts[r, p] times; sums and squares are (prompts, steps)."
+    n, total, steps = counts @ sizes, counts @ sums, sums.shape[1]
+    everything = counts @ squares.sum(1)
+    step_means = (total.square() / n[:, None]).sum(1)
+    prompt_means = counts @ (sums.square() / sizes[:, None]).sum(1)
+    grand_mean = total.sum(1).square() / (n * steps)
+    prompts = counts.sum(1)
+    chance = (prompts - 1) * (everything - prompt_means) / (n - prompts).clamp(min=1)
+    spread = everything - grand_mean
+    return (step_means - grand_mean) / spread, (prompt_means - step_means - chance) / spread
 
 # %% ../nbs/03_dynamics.ipynb #7519d826
 def _check_curves(curves: Tensor) -> None:
@@ -102,9 +102,9 @@ def _check_curves(curves: Tensor) -> None:
     if (curves == curves[0, 0]).all():
         raise ValueError(f"every value of every curve is {curves[0, 0].item():g}: there is no variance to explain")
 
-# %% ../nbs/03_dynamics.ipynb #70fe00fb
-def _group_rows(num_curves: int, group_ids: Tensor | None) -> Tensor:
-    "Membership matrix (groups, n): one row per prompt; without prompts every curve is a group of its own."
+# %% ../nbs/03_dynamics.ipynb #0aac3dc3
+def _members(num_curves: int, group_ids: Tensor | None) -> Tensor:
+    "Membership (groups, n) of curves in prompts, float64; without prompts every curve is a group of its own."
     if group_ids is None:
         return torch.eye(num_curves, dtype=torch.float64)
     group_ids = torch.as_tensor(group_ids).cpu()
@@ -112,31 +112,31 @@ def _group_rows(num_curves: int, group_ids: Tensor | None) -> Tensor:
         raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}: give one prompt id per curve, ({num_curves},)")
     ids = group_ids.unique()
     if not 2 <= len(ids) < num_curves:
-        raise ValueError(f"{len(ids)} group(s) for {num_curves} curves: telling prompts from chance needs two prompts, and one with several curves")
-    return (group_ids[None] == ids[:, None]).double()
+        raise ValueError(f"{len(ids)} prompt(s) for {num_curves} curves: to tell prompts from chance takes two prompts, one of them with several curves")
+    return (group_ids == ids[:, None]).double()
 
-# %% ../nbs/03_dynamics.ipynb #9911506b
+# %% ../nbs/03_dynamics.ipynb #0163c3ea
 def dynamics_summary(
     curves: Tensor,                   # (n, steps) one relative-distance curve per trajectory
     group_ids: Tensor | None = None,  # (n,) which prompt each trajectory belongs to
     *,
     confidence: float = 0.95,         # of the bootstrap intervals
-    num_resamples: int = 1000,        # bootstrap resamples, of whole prompts if given, else of trajectories
+    num_resamples: int = 1000,        # bootstrap resamples: of whole prompts where given, else of trajectories
     seed: int = 0,                    # of the bootstrap
 ) -> DynamicsSummary:
-    "Mean curve, spread, and the share of variance owed to the step (and to the prompt), with percentile-bootstrap intervals."
+    "Mean curve, spread, and the shares of variance owed to the step and to the prompt, with percentile-bootstrap intervals."
     _check_curves(curves)
     if not 0 < confidence < 1 or num_resamples < 1:
-        raise ValueError(f"confidence={confidence!r}, num_resamples={num_resamples!r}: confidence lies between 0 and 1, resamples are 1 or more")
+        raise ValueError(f"confidence={confidence!r}, num_resamples={num_resamples!r}: need a confidence between 0 and 1 and at least one resample")
     y = curves.detach().cpu().double()
-    member = _group_rows(len(y), group_ids)
-    stats = member.sum(1), member @ y, member @ y.square()
-    num_groups = len(member)
-    draws = torch.randint(num_groups, (num_resamples, num_groups), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(num_resamples, num_groups, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    members, centred = _members(len(y), group_ids), y - y.mean()
+    stats = members.sum(1), members @ centred, members @ centred.square()
+    once = torch.ones(1, len(members), dtype=torch.float64)
+    picks = torch.randint(len(members), (num_resamples, len(members)), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(num_resamples, len(members), dtype=torch.float64).scatter_add_(1, picks, once.expand(num_resamples, -1))
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    step, group = (share.item() for share in _shares(torch.ones(1, num_groups, dtype=torch.float64), *stats))
-    step_low_high, group_low_high = (tuple(share.nanquantile(tails).tolist()) for share in _shares(counts, *stats))
-    grouped = group_ids is not None
-    return DynamicsSummary(y.mean(0), y.std(0), step, step_low_high, group if grouped else None, group_low_high if grouped else None,
-                           len(y), num_groups if grouped else None)
+    step, group = (share.item() for share in _shares(once, *stats))
+    step_interval, group_interval = (tuple(share.nanquantile(tails).tolist()) for share in _shares(counts, *stats))
+    if group_ids is None:
+        return DynamicsSummary(y.mean(0), y.std(0), step, step_interval, None, None, len(y), None)
+    return DynamicsSummary(y.mean(0), y.std(0), step, step_interval, group, group_interval, len(y), len(members))

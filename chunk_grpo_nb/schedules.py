@@ -11,22 +11,22 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_schedules.ipynb #9da22651
+# %% ../nbs/01_schedules.ipynb #7b27a737
 def shift_sigmas(
     sigmas: Tensor,  # noise levels in [0, 1], any shape
-    shift: float,    # factor on the odds sigma / (1 - sigma), > 0; above 1 moves levels towards noise
+    shift: float,    # factor on the odds sigma / (1 - sigma), above 0; more than 1 moves levels towards noise
 ) -> Tensor:         # the shifted levels, same shape and dtype
-    "Multiply the noise odds of every level by `shift`: `shift * sigma / (1 + (shift - 1) * sigma)` (Esser et al. 2024, eq. 23)."
+    "Multiply the noise odds of every level by `shift`: `shift * sigma / (1 + (shift - 1) * sigma)` (Esser et al. 2024, section 5.3)."
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift={shift!r}: the shift multiplies noise odds and must be a finite number above 0 (1 leaves the levels alone)")
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
-# %% ../nbs/01_schedules.ipynb #e215c71c
+# %% ../nbs/01_schedules.ipynb #1162575c
 def sigma_schedule(
     num_steps: int,      # T, the number of sampling steps, at least 1
     shift: float = 1.0,  # static shift; 1 is uniform, the paper uses 3
     *,
-    dtype: torch.dtype = torch.float32,  # of the result; computed in float64
+    dtype: torch.dtype = torch.float32,  # of the result; the arithmetic is float64
 ) -> Tensor:             # (num_steps + 1,) falling from exactly 1 to exactly 0
     "Noise levels of a sampling run: `num_steps + 1` uniform levels from 1 to 0, shifted by `shift`."
     if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
