@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-# %% ../nbs/05_advantages.ipynb #ee8d12b2
+# %% ../nbs/05_advantages.ipynb #69e4a4da
 def _group_index(group_ids: Tensor, count: int) -> Tensor:
     "(n,) group of each sample, numbered 0, 1, ..., after checking that there is one for every sample."
     group_ids = torch.as_tensor(group_ids)
@@ -25,6 +25,7 @@ def _check_rewards(rewards: Tensor, group_ids: Tensor, names: Sequence[str] | No
     rewards = torch.as_tensor(rewards)
     if rewards.ndim != 1 or rewards.numel() == 0:
         raise ValueError(f"{what}s must have shape (n,) with n >= 1, got {tuple(rewards.shape)}")
+    _group_index(group_ids, len(rewards))
     rewards = rewards.double()
     if not torch.isfinite(rewards).all():
         i = int((~torch.isfinite(rewards)).nonzero()[0])

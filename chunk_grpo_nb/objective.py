@@ -25,7 +25,7 @@ def chunk_mean(
     lengths = chunk_lengths(chunk_ids, num_chunks).to(values.device)
     return chunk_sum(values, chunk_ids, num_chunks) / lengths.clamp(min=1)
 
-# %% ../nbs/06_objective.ipynb #881a52aa
+# %% ../nbs/06_objective.ipynb #11886bb5
 def chunk_ratio(
     log_probs: Tensor, # (b, steps) under the policy
     old_log_probs: Tensor, # (b, steps) under the policy that sampled
@@ -35,7 +35,8 @@ def chunk_ratio(
     "Geometric mean of a chunk's step ratios: `exp` of the chunk mean of the log-prob difference (eq. 15)."
     if log_probs.shape != old_log_probs.shape:
         raise ValueError(f"log_probs and old_log_probs must have one shape, got {tuple(log_probs.shape)} and {tuple(old_log_probs.shape)}")
-    return chunk_mean(log_probs - old_log_probs, chunk_ids, num_chunks).exp()
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    return chunk_mean(log_probs.to(dtype) - old_log_probs.to(dtype), chunk_ids, num_chunks).exp()
 
 # %% ../nbs/06_objective.ipynb #8e4b1488
 def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
@@ -68,7 +69,7 @@ def _chunk_shares(shape: torch.Size, mask: Tensor | None, weights: Tensor | None
     shares = mask.to(like.dtype) / (counts * (shape[0] if num_samples is None else num_samples))
     return shares if weights is None else shares * _per_chunk(weights.to(like), shape, "weights")
 
-# %% ../nbs/06_objective.ipynb #ad6f7fc0
+# %% ../nbs/06_objective.ipynb #2d7dc660
 def clipped_objective(
     ratio: Tensor, # (b, K)
     advantages: Tensor, # (b,) or (b, K)
@@ -81,8 +82,8 @@ def clipped_objective(
     low, high = _clip_bounds(clip_range)
     advantages = _per_chunk(advantages, ratio.shape, "advantages").to(ratio.dtype)
     shares = _chunk_shares(ratio.shape, mask, weights, num_samples, ratio)
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    return -torch.where(shares != 0, shares * surrogate, 0).sum()
+    ratio = torch.where(shares != 0, ratio, 1) # what does not count cannot spoil the gradient
+    return -(shares * torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)).sum()
 
 # %% ../nbs/06_objective.ipynb #79c2ea16
 def step_coefficients(
