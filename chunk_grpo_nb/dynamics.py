@@ -78,18 +78,17 @@ class DynamicsSummary:
     num_curves: int
     num_groups: int | None
 
-# %% ../nbs/03_dynamics.ipynb #430fc38e
-def _shares(counts: Tensor, sizes: Tensor, sums: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    "Step and prompt share, (r,) each, of samples in which prompt p appears counts[r, p] times; sums and squares are (prompts, steps)."
-    n, total, steps = counts @ sizes, counts @ sums, sums.shape[1]
-    everything = counts @ squares.sum(1)
-    step_means = (total.square() / n[:, None]).sum(1)
-    prompt_means = counts @ (sums.square() / sizes[:, None]).sum(1)
-    grand_mean = total.sum(1).square() / (n * steps)
-    prompts = counts.sum(1)
-    chance = (prompts - 1) * (everything - prompt_means) / (n - prompts).clamp(min=1)
-    spread = everything - grand_mean
-    return (step_means - grand_mean) / spread, (prompt_means - step_means - chance) / spread
+# %% ../nbs/03_dynamics.ipynb #8e1b678c
+def _shares(counts: Tensor, sizes: Tensor, sums: Tensor, squares: Tensor, inflate: float = 1.0) -> tuple[Tensor, Tensor]:
+    "Step and prompt share, (r,) each, where prompt p appears counts[r, p] times; `inflate` scales the sum of squares between prompts."
+    n, totals = counts @ sizes, counts @ sums
+    raw = counts @ squares.sum(1)
+    by_step = (totals.square() / n[:, None]).sum(1)
+    by_cell = counts @ (sums.square() / sizes[:, None]).sum(1)
+    step = by_step - totals.sum(1).square() / (n * sums.shape[1])
+    prompt, image, prompts = inflate * (by_cell - by_step), raw - by_cell, counts.sum(1)
+    chance = (prompts - 1) * image / (n - prompts).clamp(min=1)
+    return step / (step + prompt + image), (prompt - chance) / (step + prompt + image)
 
 # %% ../nbs/03_dynamics.ipynb #7519d826
 def _check_curves(curves: Tensor) -> None:
@@ -115,7 +114,7 @@ def _members(num_curves: int, group_ids: Tensor | None) -> Tensor:
         raise ValueError(f"{len(ids)} prompt(s) for {num_curves} curves: to tell prompts from chance takes two prompts, one of them with several curves")
     return (group_ids == ids[:, None]).double()
 
-# %% ../nbs/03_dynamics.ipynb #0163c3ea
+# %% ../nbs/03_dynamics.ipynb #1670ea4f
 def dynamics_summary(
     curves: Tensor,                   # (n, steps) one relative-distance curve per trajectory
     group_ids: Tensor | None = None,  # (n,) which prompt each trajectory belongs to
@@ -136,7 +135,8 @@ def dynamics_summary(
     counts = torch.zeros(num_resamples, len(members), dtype=torch.float64).scatter_add_(1, picks, once.expand(num_resamples, -1))
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     step, group = (share.item() for share in _shares(once, *stats))
-    step_interval, group_interval = (tuple(share.nanquantile(tails).tolist()) for share in _shares(counts, *stats))
+    inflate = len(members) / (len(members) - 1)  # prompts drawn with replacement vary less than new ones, by this factor
+    step_interval, group_interval = (tuple(share.nanquantile(tails).tolist()) for share in _shares(counts, *stats, inflate))
     if group_ids is None:
         return DynamicsSummary(y.mean(0), y.std(0), step, step_interval, None, None, len(y), None)
     return DynamicsSummary(y.mean(0), y.std(0), step, step_interval, group, group_interval, len(y), len(members))

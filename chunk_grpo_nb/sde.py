@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../nbs/02_sde.ipynb #64a1a90c
-def _name_rows(bad: Tensor) -> str:
-    "Name the rows where `bad` is True, at most five of them."
-    rows = bad.reshape(-1).nonzero().flatten().tolist()
-    return ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+# %% ../nbs/02_sde.ipynb #c6175427
+def _few(values: Tensor) -> str:
+    "The first five values in short form, for error messages."
+    values = values.flatten().tolist()
+    return ", ".join(f"{value:g}" for value in values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
-# %% ../nbs/02_sde.ipynb #7a88be80
+# %% ../nbs/02_sde.ipynb #b317a572
 @dataclass(frozen=True, eq=False)
 class Transition:
     "One sampling step as the Gaussian `N(mean, std**2)` over the next latents, with the clean image predicted on the way."
@@ -54,7 +54,7 @@ class Transition:
         if next_latents.shape != self.mean.shape:
             raise ValueError(f"next_latents has shape {tuple(next_latents.shape)}, the transition has {tuple(self.mean.shape)}: they must agree")
         if (self.std <= 0).any():
-            where = f"in rows {_name_rows(self.std <= 0)}" if self.std.ndim else "for every row"
+            where = f"for sample {_few((self.std <= 0).flatten().nonzero())}" if self.std.ndim else "for every sample"
             raise ValueError(f"std is 0 {where}: a step without noise has no density; leave out kind='ode', noise_level=0 and the step into sigma 0")
         z = (next_latents.to(torch.promote_types(next_latents.dtype, self.mean.dtype)) - self.mean) / self.std
         log_density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
@@ -110,26 +110,26 @@ def ode_kind(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> tuple[Te
     zero = torch.zeros_like(sigma * sigma_next * noise_level)
     return zero, zero
 
-# %% ../nbs/02_sde.ipynb #33af9590
+# %% ../nbs/02_sde.ipynb #51957e31
 def _per_sample(value: float | Tensor, name: str, latents: Tensor) -> Tensor:
     "A scalar, or (b,) reshaped to (b, 1, ...), in the dtype and on the device of `latents`; refuses other shapes and non-finite values."
     value = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
     if value.ndim > 1 or (value.ndim == 1 and len(value) != len(latents)):
         raise ValueError(f"{name} has shape {tuple(value.shape)}: give one number, or one per sample ({len(latents)},)")
     if not value.isfinite().all():
-        raise ValueError(f"{name}={value.tolist()}: must be finite")
+        raise ValueError(f"{name}={_few(value)}: must be finite")
     return value.reshape(-1, *[1] * (latents.ndim - 1)) if value.ndim else value
 
-# %% ../nbs/02_sde.ipynb #bf456db2
+# %% ../nbs/02_sde.ipynb #2fc5a571
 def _check_levels(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> None:
     "Refuse noise levels outside [0, 1], steps that go back towards noise, and a negative noise_level."
     for name, value in (("sigma", sigma), ("sigma_next", sigma_next)):
         if (value < 0).any() or (value > 1).any():
-            raise ValueError(f"{name}={value.flatten().tolist()}: must lie in [0, 1] (a timestep is 1000 * sigma: divide it)")
+            raise ValueError(f"{name}={_few(value)}: must lie in [0, 1] (a timestep is 1000 * sigma: divide it)")
     if (sigma_next > sigma).any():
-        raise ValueError(f"sigma_next={sigma_next.flatten().tolist()} above sigma={sigma.flatten().tolist()}: sampling goes from noise (1) to image (0)")
+        raise ValueError(f"sigma_next={_few(sigma_next)} above sigma={_few(sigma)}: sampling goes from noise (1) to image (0)")
     if (noise_level < 0).any():
-        raise ValueError(f"noise_level={noise_level.flatten().tolist()}: must be 0 (ODE) or more")
+        raise ValueError(f"noise_level={_few(noise_level)}: must be 0 (ODE) or more")
 
 # %% ../nbs/02_sde.ipynb #77583ba1
 def sde_step(
