@@ -20,7 +20,7 @@ __all__ = ['SCHEMA_VERSION', 'Config', 'make_config', 'load_config', 'save_confi
 # %% ../nbs/20_config.ipynb #e2c1161d
 SCHEMA_VERSION = 1
 
-# %% ../nbs/20_config.ipynb #1a0f7764
+# %% ../nbs/20_config.ipynb #21d19a53
 @dataclass(frozen=True)
 class _Settings:
     """The fields of `Config`; kept apart so that each cell fits a screen."""
@@ -31,7 +31,10 @@ class _Settings:
     dtype: str = "float32"                   # of the frozen weights: float32, bfloat16, float16, float64
     mixed_precision: str = "no"              # "no", "bf16": autocast of the transformer; log-probs stay float32
     gradient_checkpointing: bool = False     # trade time for memory in the transformer's backward pass
-    device: str = "auto"                     # "auto", "cpu", "cuda"
+    device: str = "auto"                     # "auto", "cpu"
+    offload_text: bool = False               # text encoders on the CPU except while they encode
+    vae_tiling: bool = False                 # decode large images in tiles
+    store_on: str | None = None              # trajectories on the device (None), "cpu", or "pinned" memory
     # prompts and groups
     train_prompts: str = "shapes_train"      # file, packaged set, or dataset id; see `prompts`
     validation_prompts: str = "shapes_validation"  # watched while training; never trained on
@@ -112,12 +115,13 @@ def _check_types(config):
             hint = "; in YAML write numbers as 1.0e-5, not 1e-5" if isinstance(value, str) and annotation in (int, float) else ""
             raise TypeError(f"config: {f.name} = {value!r} is a {type(value).__name__}, expected {name}{hint}")
 
-# %% ../nbs/20_config.ipynb #cdcf66f3
+# %% ../nbs/20_config.ipynb #031e8ce2
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16", "float64"), "mixed_precision": ("no", "bf16"), "reward_mix": ("sum", "gdpo"),
     "reward_failure": ("raise", "drop"), "sde": ("flow", "dance", "cps"),
     "metric": ("l1", "l2", "cosine"), "ratio": ("chunk", "step"), "optimizer": ("adamw", "adamw8bit", "sgd"),
     "lr_schedule": ("constant", "linear", "cosine"), "advantage_std": ("group", "global", "none"), "track": (None, "tensorboard"),
+    "device": ("auto", "cpu"), "store_on": (None, "cpu", "pinned"),
 }
 _AT_LEAST = {"lora_rank": 0, "prompts_per_iteration": 1, "group_size": 2, "rollout_batch": 0, "num_steps": 3, "iterations": 0,
              "updates_per_iteration": 1, "inner_epochs": 1, "learning_rate": 0, "warmup_updates": 0, "weight_decay": 0, "kl_weight": 0,
