@@ -90,7 +90,7 @@ def _read_json(path: Path) -> Iterator[Prompt]:
             prompt = _prompt_from(record, f"{path}, entry {number}")
             yield prompt if style is None else Prompt(prompt.text, {**prompt.metadata, "style": style})
 
-# %% ../nbs/10_prompts.ipynb #9fc0aaaf
+# %% ../nbs/10_prompts.ipynb #9ab8fc3b
 def _read_table(path: Path) -> Iterator[Prompt]:
     "CSV or TSV with a header line; cells are kept as text."
     rows = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
@@ -101,7 +101,7 @@ def _read_table(path: Path) -> Iterator[Prompt]:
                 raise PromptError(f"{place}: the header has {len(rows.fieldnames)} columns, this line does not; quote text that holds the separator")
             yield _prompt_from(row, place)
     except csv.Error as error:
-        raise PromptError(f"{path}, line {rows.line_num}: {error}") from None
+        raise PromptError(f"{path}, line {rows.line_num + 1}: {error}; is a quotation mark left open?") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Prompt]:

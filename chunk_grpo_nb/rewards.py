@@ -30,7 +30,7 @@ class RewardError(RuntimeError):
 class RewardUnavailable(RewardError):
     "The scorer itself cannot be reached (server down, weights missing): no image is to blame, asking again image by image is pointless."
 
-# %% ../nbs/13_rewards.ipynb #dcadda3c
+# %% ../nbs/13_rewards.ipynb #d74d5c17
 REWARDS: dict[str, Callable[..., Reward]] = {}  # name -> factory
 
 
@@ -39,31 +39,34 @@ def register_reward(
 ) -> Callable:
     "Decorator: register a factory `(**options) -> reward` under `name`. Registering a name again replaces it, so that a cell can be re-run."
 
+    if not name or any(c in name for c in "=,: /"):
+        raise ValueError(f"reward name {name!r}: use letters, digits and underscores")
+
     def register(factory: Callable[..., Reward]) -> Callable[..., Reward]:
-        if not name or any(c in name for c in "=,: /"):
-            raise ValueError(f"reward name {name!r}: use letters, digits and underscores")
         REWARDS[name] = factory
         return factory
 
     return register
 
-# %% ../nbs/13_rewards.ipynb #d38b2a65
+# %% ../nbs/13_rewards.ipynb #9e672261
 def reward_function(
     name: str,  # what configs call it
 ) -> Callable:
     "Decorator: register the reward `(images, prompts, metadata, **options) -> scores` itself; options are bound by `make_reward`."
 
     def register(function: Reward) -> Reward:
+        function.name = name
         register_reward(name)(lambda **options: functools.partial(function, **options) if options else function)
         return function
 
     return register
 
-# %% ../nbs/13_rewards.ipynb #4006a765
+# %% ../nbs/13_rewards.ipynb #878eec1d
 REWARD_MODULES = {  # name -> module that registers it, imported on first use
     **dict.fromkeys(["shapes_dense", "shapes_strict", "shapes_clip", "shapes_pick"], "chunk_grpo_nb.shapes"),
     **dict.fromkeys(["clip_score", "pickscore", "hpsv2", "aesthetic", "jpeg_compressibility", "jpeg_incompressibility"], "chunk_grpo_nb.scorers"),
-    **dict.fromkeys(["hpsv3", "imagereward", "ocr", "vlm_judge"], "chunk_grpo_nb.scorers_vlm"),
+    **dict.fromkeys(["hpsv3", "imagereward", "ocr"], "chunk_grpo_nb.scorers_vlm"),
+    "vlm_judge": "chunk_grpo_nb.remote",
     "geneval": "chunk_grpo_nb.geneval",
 }
 
@@ -90,18 +93,18 @@ def _factory(name: str) -> Callable[..., Reward]:
         raise ValueError(f"unknown reward {name!r}{hint} Known: {', '.join(known)}; or http://host:port/name, or module:function")
     return REWARDS[name]
 
-# %% ../nbs/13_rewards.ipynb #ccd29127
+# %% ../nbs/13_rewards.ipynb #91ba9d4c
 def make_reward(
     name: str | Reward,  # registered name | "http://host:port/name" | "module:function" | "a=0.7,b=0.3" | a reward, returned as it is
     **options,  # handed to the factory: model, device, url, …
 ) -> Reward:
-    "The reward of that name. URLs become clients of a reward server (`chunk_grpo_nb.server`), weighted lists a `WeightedReward`."
+    "The reward of that name. URLs become clients of a reward server (`chunk_grpo_nb.remote`), weighted lists a `WeightedReward`."
     if callable(name):
         return functools.partial(name, **options) if options else name
     if "=" in name:
         return WeightedReward(parse_weights(name), **options)
     if name.startswith(("http://", "https://")):
-        return importlib.import_module("chunk_grpo_nb.server").RemoteReward(name, **options)
+        return importlib.import_module("chunk_grpo_nb.remote").RemoteReward(name, **options)
     if ":" in name:
         return make_reward(_imported(name), **options)
     factory = _factory(name)
@@ -111,11 +114,11 @@ def make_reward(
         raise ValueError(f"reward {name!r} does not take these options: {error}; it takes {inspect.signature(factory)}") from None
     return factory(**options)
 
-# %% ../nbs/13_rewards.ipynb #4cc9c55b
+# %% ../nbs/13_rewards.ipynb #bd092864
 def _name_of(reward: Reward) -> str:
     "How errors call a reward."
     inner = reward.func if isinstance(reward, functools.partial) else reward
-    return getattr(reward, "name", None) or getattr(inner, "__name__", type(inner).__name__)
+    return getattr(inner, "name", None) or getattr(inner, "__name__", type(inner).__name__)
 
 
 def _quote(prompts: Sequence[str], most: int = 4) -> str:
@@ -178,7 +181,7 @@ def _one_or_nan(reward: Reward, image: Image.Image, prompt: str, metadata: dict)
     except RewardError:
         return torch.tensor(math.nan, dtype=torch.float64)
 
-# %% ../nbs/13_rewards.ipynb #09c14353
+# %% ../nbs/13_rewards.ipynb #a6f1cbc3
 def check_pairing(
     reward: Reward,
     images: list[Image.Image],  # a few different images
@@ -192,8 +195,8 @@ def check_pairing(
     plain = score(reward, images, prompts, metadata)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     picked = [[values[i] for i in order] for values in (images, prompts, metadata)]
-    half = max(1, len(order) // 2)
-    parts = [score(reward, *(v[a:b] for v in picked)) for a, b in ((0, half), (half, len(order))) if a < b]
+    cuts = sorted({0, 1, len(order) // 2, len(order)})
+    parts = [score(reward, *(v[a:b] for v in picked)) for a, b in zip(cuts, cuts[1:])]
     for what, values in (("permuted", score(reward, *picked)), ("permuted and split", torch.cat(parts))):
         off = (values - plain[order]).abs()
         if off.max() > tolerance * max(plain.std(correction=0).item(), plain.abs().max().item(), 1e-12):

@@ -117,7 +117,7 @@ def check_layout(
         parts = [f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", other)) if names]
         raise RewardUnavailable(f"{where} does not have the published layout; {'; '.join(parts)}. Is it another version, or a broken download?")
 
-# %% ../nbs/15_scorers.ipynb #2cfa855f
+# %% ../nbs/15_scorers.ipynb #6de12141
 def shapes_of(state: dict[str, torch.Tensor] | nn.Module) -> dict[str, tuple]:
     "Names and shapes of a state dict or module."
     return {key: tuple(value.shape) for key, value in (state.state_dict() if isinstance(state, nn.Module) else state).items()}
@@ -129,11 +129,12 @@ def build(
     state: dict[str, torch.Tensor],  # weights under the names of that class
     where: str,  # what errors call the weights
     dtype: torch.dtype = torch.float32,
+    **options,  # further arguments of the class
 ) -> nn.Module:
     "A transformers model filled with exactly these weights, without first drawing random ones; evaluation mode, no gradients."
     with torch.device("meta"):
-        check_layout(shapes_of(state), shapes_of(cls(config)), where)
-    model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        check_layout(shapes_of(state), shapes_of(cls(config, **options)), where)
+    model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/15_scorers.ipynb #c676f9c7
