@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_schedules.ipynb #7b27a737
+# %% ../nbs/01_schedules.ipynb #517db4b6
 def shift_sigmas(
     sigmas: Tensor,  # noise levels in [0, 1], any shape
     shift: float,    # factor on the odds sigma / (1 - sigma), above 0; more than 1 moves levels towards noise
 ) -> Tensor:         # the shifted levels, same shape and dtype
-    "Multiply the noise odds of every level by `shift`: `shift * sigma / (1 + (shift - 1) * sigma)` (Esser et al. 2024, section 5.3)."
+    "Multiply the noise odds of every level by `shift`: `shift * sigma / (1 + (shift - 1) * sigma)` (Esser et al. 2024, eq. 23)."
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift={shift!r}: the shift multiplies noise odds and must be a finite number above 0 (1 leaves the levels alone)")
     return shift * sigmas / (1 + (shift - 1) * sigmas)
