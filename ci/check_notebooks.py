@@ -1,9 +1,12 @@
 """Checks that committed notebooks are clean: stable ids, no stray metadata, outputs where readers need them and nowhere else."""
 
+import ast
 import json
 import re
 import sys
 from pathlib import Path
+
+import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 400_000  # of a notebook with its outputs
@@ -43,13 +46,18 @@ def check_cell(cell: dict, room: str) -> list[str]:
     return found
 
 
-def check_parameters(cells: list[dict]) -> list[str]:
-    """What is wrong with the `parameters` cell of an experiment."""
+def check_parameters(path: Path, cells: list[dict], needed: bool) -> list[str]:
+    """What is wrong with the `parameters` cell, which an experiment needs and a tutorial may have."""
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
-        return [f"{len(tagged)} cells are tagged 'parameters', one is needed"]
+        return [f"{len(tagged)} cells are tagged 'parameters', one is needed"] if tagged or needed else []
+    names = {node.target.id for node in ast.parse("".join(tagged[0]["source"])).body if isinstance(node, ast.AnnAssign)}
+    if hidden := names - set(papermill.inspect_notebook(str(path))):
+        return [f"papermill cannot read the parameters {sorted(hidden)}: one line each, a plain type, one '='"]
     lines = "".join(tagged[0]["source"]).splitlines()
     found = [f"parameter without annotation or comment: {line!r}" for line in lines if not ANNOTATED.search(line)]
+    if not needed:
+        return found
     return found + [f"no parameter {name!r}" for name in ("seed", "out_dir") if not any(re.match(rf"{name}\s*:", line) for line in lines)]
 
 
@@ -70,8 +78,10 @@ def check_notebook(path: Path) -> list[str]:
     if path.stat().st_size > MAX_BYTES:
         found.append(f"{path.stat().st_size // 1000} kB, at most {MAX_BYTES // 1000}")
     if room == "experiments":
-        found += check_parameters(cells)
-    elif path.name != "index.ipynb" and not any(cell.get("outputs") for cell in cells):
+        found += check_parameters(path, cells, needed=True)
+    elif room == "tutorials":
+        found += check_parameters(path, cells, needed=False)
+    if room != "experiments" and path.name != "index.ipynb" and not any(cell.get("outputs") for cell in cells):
         found.append("has no outputs: run it before committing")
     for number, cell in enumerate(cells):
         found += [f"cell {number} ({cell.get('id')}): {what}" for what in check_cell(cell, room)]

@@ -14,15 +14,13 @@ NOTEBOOKS = ROOT / "nbs"
 
 def run(name: str, parameters: dict, folder: Path) -> tuple[str, float, str]:
     """Run one notebook; its name, seconds, and the end of its error ('' if it ran)."""
-    import papermill
+    from chunk_grpo_nb.sweep import notebook_parameters, run_notebook
 
     notebook, start = NOTEBOOKS / name, time.monotonic()
     try:
-        if "out_dir" in papermill.inspect_notebook(str(notebook)):
+        if "out_dir" in notebook_parameters(notebook):
             parameters = {"out_dir": str(folder / notebook.stem / "run"), **parameters}
-        output = folder / notebook.stem / notebook.name
-        output.parent.mkdir(parents=True)
-        papermill.execute_notebook(notebook, output, parameters, kernel_name="python3", cwd=notebook.parent, progress_bar=False)
+        run_notebook(notebook, folder / notebook.stem / notebook.name, parameters)
         error = ""
     except Exception as e:
         error = f"{type(e).__name__}: {e}"[-3000:]

@@ -27,7 +27,12 @@ def python(code: str) -> subprocess.CompletedProcess:
 def imports(tree: ast.AST) -> set[str]:
     """Every module that `tree` imports, at the top or inside functions."""
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return found | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+        inside = node.level > 0 or node.module == "chunk_grpo_nb"
+        where = "chunk_grpo_nb" if inside else ""
+        names = [node.module] if node.module not in (None, "chunk_grpo_nb") else [a.name for a in node.names if a.name in MODULES] or [""]
+        found |= {".".join(filter(None, (where, name))) for name in names}
+    return found
 
 
 def number(module: str) -> str:
