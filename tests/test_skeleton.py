@@ -25,13 +25,12 @@ def python(code: str) -> subprocess.CompletedProcess:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Every module that `tree` imports, at the top or inside functions."""
+    """Every module that `tree` imports, at the top or inside functions; `from chunk_grpo_nb import name` counts as `chunk_grpo_nb.__init__`."""
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
-        inside = node.level > 0 or node.module == "chunk_grpo_nb"
-        where = "chunk_grpo_nb" if inside else ""
-        names = [node.module] if node.module not in (None, "chunk_grpo_nb") else [a.name for a in node.names if a.name in MODULES] or [""]
-        found |= {".".join(filter(None, (where, name))) for name in names}
+        own = node.level > 0 or node.module == "chunk_grpo_nb"
+        named = [node.module] if node.module not in (None, "chunk_grpo_nb") else [a.name if a.name in MODULES else "__init__" for a in node.names]
+        found |= {f"chunk_grpo_nb.{name}" if own else name for name in named}
     return found
 
 
@@ -87,7 +86,7 @@ def test_nothing_heavy_at_import():
 def test_imports_go_upwards(module):
     """A module imports modules of lower-numbered notebooks only, by their full name."""
     for name in imports(MODULES[module]):
-        assert name != "chunk_grpo_nb", f"{module} imports from the package instead of from the module that defines it"
+        assert name != "chunk_grpo_nb.__init__", f"{module} imports from the package instead of from the module that defines it"
         if name.startswith("chunk_grpo_nb."):
             other = name.split(".")[1]
             assert number(other) < number(module), f"{module} imports {other}, which comes after it"

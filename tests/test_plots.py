@@ -1,0 +1,122 @@
+"""Figures from records: that they show what they were given, and refuse what they cannot show."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from chunk_grpo_nb.config import Config
+from chunk_grpo_nb.plots import (
+    change_by_kind,
+    metrics_table,
+    paired_by_seed,
+    plot_arms,
+    plot_change,
+    plot_dynamics,
+    plot_images,
+    plot_steps,
+    plot_training,
+    run_figures,
+    smooth,
+)
+from chunk_grpo_nb.records import RunFolder, log_row
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    yield
+    assert not plt.get_fignums(), "a figure stayed open in pyplot"
+
+
+def save(figure, tmp_path):
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 2000
+    return figure
+
+
+def test_dynamics_show_the_mean_and_the_boundaries(tmp_path):
+    curves = np.linspace(1, 0.1, 16) + np.array([[-0.1], [0.1]])
+    ax = save(plot_dynamics(curves, [2, 3, 4, 7]), tmp_path).axes[0]
+    assert np.allclose(ax.lines[0].get_ydata(), curves.mean(0))
+    assert [t.get_text() for t in ax.texts] == [f"chunk {k}" for k in range(4)]
+    with pytest.raises(ValueError, match="sum to 9, the curve has 16"):
+        plot_dynamics(curves, [2, 3, 4])
+
+
+def test_training_curves_average_where_all_seeds_have_a_value(tmp_path):
+    rows = [{"arm": "a", "seed": s, "step": t, "reward": s + t} for s in range(3) for t in range(4 if s else 6)]
+    ax = save(plot_training(pd.DataFrame(rows), "reward"), tmp_path).axes[0]
+    thick = max(ax.lines, key=lambda line: line.get_linewidth())
+    assert np.allclose(thick.get_xdata(), range(4)) and np.allclose(thick.get_ydata(), 1 + np.arange(4))
+    with pytest.raises(KeyError, match="no column 'rewrd'"):
+        plot_training(pd.DataFrame(rows), "rewrd")
+
+
+def test_smoothing_stays_inside_a_run():
+    table = pd.DataFrame({"arm": "a", "seed": [0, 0, 1, 1], "r": [0.0, 2.0, 10.0, 20.0]})
+    assert smooth(table, "r", 2).r.tolist() == [0, 1, 10, 15]
+
+
+def test_pairing_by_seed():
+    table = pd.DataFrame({"arm": ["a", "b"] * 3, "seed": [0, 0, 1, 1, 2, 2], "r": [1.0, 2.0, 5.0, 6.1, 9.0, 9.9]})
+    row = paired_by_seed(table, "r", "a").iloc[0]
+    assert row.verdict == "better" and row.difference == pytest.approx(1) and row.low == pytest.approx(1 - 0.2484, abs=1e-4)
+    assert paired_by_seed(table, "r", "b").iloc[0].verdict == "worse"
+    assert paired_by_seed(table.iloc[:2], "r", "a").iloc[0].verdict == "not resolved"
+    with pytest.raises(KeyError, match="no arm 'c'"):
+        paired_by_seed(table, "r", "c")
+
+
+def test_arms_figure_with_one_and_three_seeds(tmp_path):
+    table = pd.DataFrame({"arm": ["a", "b"] * 3, "seed": [0, 0, 1, 1, 2, 2], "r": [1.0, 2.0, 5.0, 6.1, 9.0, 9.9]})
+    assert len(save(plot_arms(table, "r", "a"), tmp_path).axes) == 2
+    save(plot_arms(table.iloc[:2], "r", "a"), tmp_path)
+
+
+def evaluation(shift=0.0, prompts=12):
+    return pd.DataFrame([{"prompt_index": p, "image": g, "kind": "two" if p % 2 else "single", "r": p + g + shift * (p % 2)} for p in range(prompts) for g in range(2)])
+
+
+def test_change_is_taken_over_prompts_and_by_kind(tmp_path):
+    changes = change_by_kind(evaluation(), evaluation(0.5), "r").set_index("kind")
+    assert changes.change.to_dict() == pytest.approx({"all": 0.25, "single": 0.0, "two": 0.5})
+    assert changes.verdict.to_dict() == {"all": "rises", "single": "not resolved", "two": "rises"}
+    assert changes.prompts.to_dict() == {"all": 12, "single": 6, "two": 6}
+    save(plot_change(changes.reset_index()), tmp_path)
+    with pytest.raises(ValueError, match="24 rows before, 20 after"):
+        change_by_kind(evaluation(), evaluation(prompts=10), "r")
+    with pytest.raises(KeyError, match="no column 'q'"):
+        change_by_kind(evaluation(), evaluation(), "q")
+
+
+def test_images_and_steps(tmp_path):
+    row = [Image.new("RGB", (32, 32), c) for c in ("red", "blue")]
+    assert len(save(plot_images({"before": row, "after": row}, ["one", "two"]), tmp_path).axes) == 4
+    with pytest.raises(ValueError, match="same number of images"):
+        plot_images({"before": row, "after": row[:1]})
+    with pytest.raises(ValueError, match="1 titles for 2 columns"):
+        plot_images({"before": row}, ["one"])
+    save(plot_steps([[1.0, np.nan, 2.0]] * 3, "shift", chunk_sizes=[1, 2]), tmp_path)
+
+
+def test_figures_of_a_run(tmp_path):
+    run = RunFolder.create(tmp_path / "run", Config(num_steps=5), {"hashes": {}})
+    assert run_figures(run) == {}
+    with pytest.raises(ValueError, match="has no metrics yet"):
+        metrics_table({("a", 0): run})
+    for i in range(3):
+        for u in range(2):
+            log_row(run, {"iteration": i, "update": u, "reward_shapes_dense": 0.1 * i, "grad_norm": 1.0, "evaluations_sampled": 10, "evaluations_trained": 5,
+                          "log_prob_shift": [0.1, None, 0.3, 0.4], "ratio_std": [0.1, 0.2]})
+        log_row(run, {"iteration": i, "mean": [0.9, 0.5, 0.3, 0.2], "std": [0.1] * 4, "chunk_sizes": [[2, 2]]}, "dynamics")
+        log_row(run, {"iteration": i, "shapes_dense": 0.5}, "validation")
+    table = metrics_table({("a", 0): run})
+    assert table.step.tolist() == [1, 2, 3, 4, 5, 6] and set(table.evaluations) == {15}
+    figures = run_figures(run)
+    assert {"reward_shapes_dense", "grad_norm", "log_prob_shift", "dynamics", "validation_shapes_dense"} <= set(figures)
+    for figure in figures.values():
+        save(figure, tmp_path)
+    assert json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])["iteration"] == 0
