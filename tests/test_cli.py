@@ -1,0 +1,123 @@
+"""The console command: every command once on a tiny model, and every refusal in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+from test_sweep import write
+
+from chunk_grpo_nb.cli import main, make_parser
+from chunk_grpo_nb.tiny import tiny_pipeline
+
+REWARD = "test_cli:redness"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def redness(images, prompts, metadata):
+    return [sum(i.resize((1, 1)).getpixel((0, 0))[:1]) / 255 for i in images]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny pipeline, prompts, a config, and one trained run."""
+    home = tmp_path_factory.mktemp("cli")
+    tiny_pipeline("flux").save_pretrained(home / "flux")
+    (home / "prompts.txt").write_text("red circle\nblue square\n")
+    config = {"model": str(home / "flux"), "train_prompts": str(home / "prompts.txt"), "validation_prompts": str(home / "prompts.txt"), "rewards": {REWARD: 1.0},
+              "prompts_per_iteration": 2, "group_size": 2, "num_steps": 4, "chunker": "step", "fraction": 1.0, "height": 16, "width": 16, "iterations": 1,
+              "validation_images": 2, "validate_every": 1, "device": "cpu", "clip_low": 0.1, "clip_high": 0.1}
+    (home / "my.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "--config", str(home / "my.yaml"), "--out", str(home / "run"), "-p", "iterations", "2"]) == 0
+    return home
+
+
+def test_train_leaves_a_run_with_the_overridden_setting(home):
+    assert yaml.safe_load((home / "run/config.yaml").read_text())["iterations"] == 2
+    assert (home / "run/policy").is_dir()
+
+
+def test_evaluate_writes_a_row_per_image_and_a_summary(home, capsys):
+    words = ["evaluate", str(home / "run"), "--prompts", str(home / "prompts.txt"), "--rewards", REWARD, "--images", "2"]
+    assert main([*words, "--out", str(home / "after.parquet")]) == 0
+    assert main([*words, "--base", "--out", str(home / "before.csv")]) == 0
+    after, before = pd.read_parquet(home / "after.parquet"), pd.read_csv(home / "before.csv")
+    assert len(after) == len(before) == 4 and REWARD in after
+    assert "measure" in capsys.readouterr().out
+    assert main([*words, "--out", str(home / "after.parquet")]) == 2
+    assert "exists; choose another name" in capsys.readouterr().err
+
+
+def test_sample_draws_a_row_per_prompt(home):
+    assert main(["sample", str(home / "run"), "red circle", "blue square", "--images", "3", "--out", str(home / "grid.png")]) == 0
+    width, height = Image.open(home / "grid.png").size
+    assert width > height > 96
+
+
+def test_report_is_one_file_with_its_pictures_inside(home):
+    assert main(["report", str(home / "run")]) == 0
+    page = (home / "run/report.html").read_text()
+    assert page.count("data:image/png;base64") >= 4 and "redness" in page and "iterations" in page
+    assert main(["report", str(home / "run")]) == 0, "making the report again is fine"
+
+
+def test_run_and_sweep(home, capsys):
+    toy = write(home / "nbs/experiments/toy.ipynb", "assert seed < 5, 'too large'")
+    assert main(["run", str(toy)]) == 0
+    assert "seed: int = 0\n    of everything random" in capsys.readouterr().out
+    assert main(["run", str(toy), str(home / "out.ipynb"), "-p", "sead", "1"]) == 2
+    assert "did you mean 'seed'" in capsys.readouterr().err
+    (home / "grid.yaml").write_text("experiment: toy\ngrid: {seed: [1, 9]}")
+    words = ["sweep", str(home / "grid.yaml"), "--out", str(home / "results")]
+    assert main([*words, "--status"]) == 0 and not (home / "results").exists()
+    assert main([*words, "--jobs", "2"]) == 1, "one cell fails"
+    assert "failed: all-seed=9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, message", [
+    ("train --out {home}/new -p learning_rat 1.0e-4", "did you mean 'learning_rate'"),
+    ("train --out {home}/new -p learning_rate 1e-4", "1.0e-5, not 1e-5"),
+    ("train --out {home}/new -p seed 1 -p seed 2", "seed is given twice"),
+    ("train --out {home}/new -p rewards {{a:", "not readable as YAML"),
+    ("train --config {home}/none.yaml --out {home}/new", "no file"),
+    ("train --config {home}/my.yaml --out {home}/run", "holds a run already"),
+    ("evaluate {home}/nothing --out {home}/x.parquet --prompts {home}/prompts.txt --rewards test_cli:redness", "no such folder"),
+    ("evaluate {home}/run --out {home}/x.parquet --rewards shapes_strikt --prompts {home}/prompts.txt", "shapes_strikt"),
+    ("evaluate {home}/run --out {home}/x.parquet --rewards test_cli:redness --prompts {home}/none.txt", "none.txt"),
+    ("evaluate {home}/run --out {home}/x.xlsx", "must end in .parquet or .csv"),
+    ("sample {home}/run red --images 0 --out {home}/x.png", "at least 1"),
+    ("report {home}", "not a run folder"),
+    ("run {home}/none.ipynb", "no notebook"),
+    ("sweep {home}/none.yaml", "no sweep file"),
+])
+def test_refusals_are_one_line_and_leave_nothing(home, capsys, words, message):
+    before = sorted(p.name for p in home.iterdir())
+    assert main([w.format(home=home) for w in words.split(" ")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err, err
+    assert sorted(p.name for p in home.iterdir()) == before
+
+
+def test_debug_shows_the_error_itself():
+    with pytest.raises(FileNotFoundError):
+        main(["--debug", "report", "no/such/run"])
+
+
+def test_every_command_explains_itself(capsys):
+    for command in ("train", "evaluate", "sample", "report", "run", "sweep"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert "example: chunk-grpo " + command in " ".join(capsys.readouterr().out.split())
+    assert "COMMAND" in make_parser().format_help()
+
+
+def test_the_installed_command_answers_without_heavy_imports():
+    run = subprocess.run([Path(sys.executable).parent / "chunk-grpo", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0 and "train" in run.stdout, run.stderr
+    code = "import sys; from chunk_grpo_nb.cli import make_parser; make_parser(); print([m for m in ('diffusers', 'pandas', 'matplotlib', 'papermill') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
