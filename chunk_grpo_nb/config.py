@@ -56,7 +56,7 @@ class _Settings:
     height: int | None = None                # pixels; None keeps the pipeline's own
     width: int | None = None
 
-# %% ../nbs/20_config.ipynb #7bd0e3d3
+# %% ../nbs/20_config.ipynb #ca9228d8
 @dataclass(frozen=True)
 class Config(_Settings):
     """Everything that decides a run. Plain values only; see `load_config`, `make_config`."""
@@ -71,7 +71,7 @@ class Config(_Settings):
     iterations: int = 40
     updates_per_iteration: int = 2
     inner_epochs: int = 1
-    optimizer: str = "adamw"                 # adamw, adamw8bit (needs bitsandbytes), sgd
+    optimizer: str = "adamw"                 # adamw, adamw8bit (needs torchao), sgd
     learning_rate: float = 1e-4
     lr_schedule: str = "constant"            # constant, linear, cosine (after the warm-up)
     warmup_updates: int = 0

@@ -36,7 +36,7 @@ def group_seeds(seed: int, iteration: int, slots: Sequence[int], images: Sequenc
     init = [derive_seed(seed, iteration, s, 0 if same_noise else g, "init") for s, g in zip(slots, images)]
     return init, [derive_seed(seed, iteration, s, g, "sde") for s, g in zip(slots, images)]
 
-# %% ../nbs/22_rollout.ipynb #61c0be5c
+# %% ../nbs/22_rollout.ipynb #9d4d54cb
 @dataclass(frozen=True)
 class Rollout:
     "The samples of one process in one iteration; `samples[i]` is the global number of local sample i."
@@ -58,8 +58,8 @@ class Rollout:
 
     @property
     def log_probs(self) -> torch.Tensor:
-        "Log-probabilities of the recorded transitions under the policy that drew them, (n, T - 1)."
-        return torch.cat([r.log_probs for r in self.recordings])
+        "Log-probabilities of the recorded transitions under the policy that drew them, (n, T - 1), on the CPU, where credit is assigned."
+        return torch.cat([r.log_probs for r in self.recordings]).cpu()
 
 # %% ../nbs/22_rollout.ipynb #158a57ed
 def scorer(rewards: dict[str, Callable], on_failure: str = "raise") -> Callable:

@@ -31,7 +31,7 @@ from .rollout import Rollout, derive_seed, draw_rollout, scorer
 from .sde import sde_step
 
 # %% auto #0
-__all__ = ['accumulate_gradient', 'Trainer', 'iterate', 'optimise', 'validate', 'train']
+__all__ = ['accumulate_gradient', 'Trainer', 'iterate', 'optimise', 'validate', 'train', 'measure_overhead']
 
 # %% ../nbs/25_trainer.ipynb #38a6a908
 def _passes(rollout: Rollout, credit: Credit, members: Sequence[int], micro_batch: int, whole: bool) -> list[tuple]:
@@ -105,14 +105,14 @@ def accumulate_gradient(
     for recording, rows, steps, _ in idle: backward(0 * policy.log_prob(recording, rows, steps)[0].sum())
     return new, {"kl": kl_sum, "trained": rows_trained, "ratio": rows_trained * two_pass}
 
-# %% ../nbs/25_trainer.ipynb #36d82960
+# %% ../nbs/25_trainer.ipynb #d4385edb
 def _optimizer(config: Config, parameters: list):
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd": return torch.optim.SGD(parameters, **options)
     if config.optimizer == "adamw": return torch.optim.AdamW(parameters, **options)
-    try: from bitsandbytes.optim import AdamW8bit
-    except ImportError as e: raise ImportError("config: optimizer = 'adamw8bit' needs bitsandbytes: pip install chunk_grpo_nb[gpu]") from e
-    return AdamW8bit(parameters, **options)
+    try: from torchao.optim import AdamW8bit
+    except ImportError as e: raise ImportError("config: optimizer = 'adamw8bit' needs torchao: pip install chunk_grpo_nb[gpu]") from e
+    return AdamW8bit(parameters, bf16_stochastic_round=config.dtype == "bfloat16" and not config.lora_rank, **options)
 
 
 def _schedule(config: Config, optimizer):
@@ -171,7 +171,7 @@ def _start(trainer: Trainer, out_dir) -> RunFolder:
     t.accelerator.wait_for_everyone()
     return RunFolder.open(out_dir)
 
-# %% ../nbs/25_trainer.ipynb #9a8395d9
+# %% ../nbs/25_trainer.ipynb #f7476ac8
 def iterate(trainer: Trainer, iteration: int) -> dict[str, float]:
     "One iteration of Chunk-GRPO. Returns seconds per stage."
     t, c, clock = trainer, trainer.config, [time.perf_counter()]
@@ -183,7 +183,7 @@ def iterate(trainer: Trainer, iteration: int) -> dict[str, float]:
     if t.replay is None: t.replay = _check(t, rollout)
     clock.append(time.perf_counter())
     rewards = {name: _gathered(t, r) for name, r in rollout.rewards.items()}
-    curves, old = _gathered(t, rollout.curves), _gathered(t, rollout.log_probs.cpu())
+    curves, old = _gathered(t, rollout.curves), _gathered(t, rollout.log_probs)
     credit = assign_credit(c, rewards, curves, iteration, _transition_stds(t, rollout), t.chunker)
     t.evaluations["sampled"] += old.shape[0] * c.num_steps
     for update, members in enumerate(update_batches(c, iteration, credit.used)):
@@ -193,7 +193,7 @@ def iterate(trainer: Trainer, iteration: int) -> dict[str, float]:
     if t.main: _log_dynamics(t, iteration, curves, credit)
     return dict(zip(("sample_and_score", "check", "update"), (b - a for a, b in zip(clock, clock[1:]))))
 
-# %% ../nbs/25_trainer.ipynb #361d3c90
+# %% ../nbs/25_trainer.ipynb #29797f0c
 def optimise(trainer: Trainer, rollout: Rollout, credit: Credit, members: Sequence[int], first: bool) -> tuple[Tensor, dict]:
     "One update on the samples `members` (global numbers). Returns log-probs (n, steps) of all samples just before it, and its facts."
     t, c = trainer, trainer.config
@@ -210,7 +210,7 @@ def optimise(trainer: Trainer, rollout: Rollout, credit: Credit, members: Sequen
     t.optimizer.step(); t.schedule.step()
     if t.ema: t.ema.step(t.parameters)
     for name in ("ratio", "trained"): t.evaluations[name] += int(_gathered(t, torch.tensor([facts.pop(name)])).sum())
-    return _gathered(t, new.cpu()), facts
+    return _gathered(t, new), facts
 
 # %% ../nbs/25_trainer.ipynb #4622dbe6
 def _gathered(t: Trainer, local: Tensor) -> Tensor:
@@ -362,3 +362,39 @@ def _finish(t: Trainer) -> None:
         for name in ("metrics", "validation", "dynamics"):
             if len(rows := read_rows(t.run, name)): save_table(t.run, name, rows)
     if t.config.track: t.accelerator.end_training()
+
+# %% ../nbs/25_trainer.ipynb #736fe279
+def measure_overhead(trainer: Trainer, iteration: int) -> dict[str, float]:
+    "Seconds of one iteration without decoding and scoring, of the bare transformer calls in it, and their ratio. The iteration is a real one: weights move."
+    t, seen = trainer, {}
+    original, clock = t.policy.log_prob, time.perf_counter
+
+    def remember(recording, rows, steps):
+        seen.setdefault("passes", []).append((recording, rows, steps, torch.is_grad_enabled()))
+        return original(recording, rows, steps)
+    t.policy.log_prob = remember
+    try: seconds = iterate(t, iteration)
+    finally: del t.policy.log_prob
+    recordings = list({id(r): r for r, *_ in seen["passes"]}.values())
+    start = clock()
+    for recording in recordings:
+        t.policy.decode(recording)
+    decode = clock() - start
+    start = clock()
+    for recording in recordings:
+        every = torch.arange(len(recording))
+        for step in range(t.config.num_steps): _bare_call(t, recording, every, torch.full_like(every, step), False)
+    for recording, rows, steps, gradient in seen["passes"]: _bare_call(t, recording, rows, steps, gradient)
+    bare = clock() - start
+    t.optimizer.zero_grad()
+    whole = seconds["sample_and_score"] + seconds["update"] - decode
+    return {"iteration": whole, "bare_calls": bare, "ratio": whole / bare, "decode": decode, **{k: v for k, v in seconds.items() if k != "check"}}
+
+
+def _bare_call(t: Trainer, recording, rows: Tensor, steps: Tensor, gradient: bool) -> None:
+    policy = t.policy
+    rows, steps = rows.to(policy.device), steps.to(policy.device)
+    with torch.set_grad_enabled(gradient), policy._context():
+        for call in recording.calls:
+            out = policy.module(**call.arguments(rows, steps, recording.latents[rows, steps], len(recording), policy.family))[0]
+            if gradient: policy.family.from_output(out).float().sum().backward()
