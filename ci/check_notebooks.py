@@ -72,6 +72,8 @@ def check_notebook(path: Path) -> list[str]:
         found.append(f"stray notebook metadata {sorted(stray)}")
     if nb["metadata"].get("kernelspec", {}).get("name") != "python3":
         found.append("kernel is not python3")
+    if nb["metadata"].get("language_info", {}).get("name") != "python":
+        return [*found, "language_info does not say python"]
     ids = [cell.get("id") for cell in cells]
     if None in ids or len(set(ids)) < len(ids):
         found.append("cell ids missing or repeated")
@@ -81,7 +83,7 @@ def check_notebook(path: Path) -> list[str]:
         found += check_parameters(path, cells, needed=True)
     elif room == "tutorials":
         found += check_parameters(path, cells, needed=False)
-    if room != "experiments" and path.name != "index.ipynb" and not any(cell.get("outputs") for cell in cells):
+    if room != "experiments" and not any(cell.get("outputs") or "default_exp __init__" in "".join(cell["source"]) for cell in cells):
         found.append("has no outputs: run it before committing")
     for number, cell in enumerate(cells):
         found += [f"cell {number} ({cell.get('id')}): {what}" for what in check_cell(cell, room)]
