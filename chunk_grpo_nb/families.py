@@ -227,7 +227,7 @@ def family_of(pipe) -> Family:
                          "For another flow-matching text-to-image pipeline, declare it with register_family(Family(...)).")
     return FAMILIES[name]
 
-# %% ../nbs/11_families.ipynb #38adb4f8
+# %% ../nbs/11_families.ipynb #d5ae8cfb
 FLUX = register_family(Family(
     "FLUX.1", ("FluxPipeline",), row_args=("timestep", "guidance", "pooled_projections", "encoder_hidden_states"),
     shared_args=("txt_ids", "img_ids"), tokenizer="tokenizer_2"))
@@ -259,7 +259,7 @@ Z_IMAGE = register_family(Family(
 
 SANA = register_family(Family(
     "Sana", ("SanaPipeline",), row_args=("timestep", "encoder_hidden_states", "encoder_attention_mask"),
-    combine=uncond_first_float, is_guided=_above_one, encode=_encode_sana, call_options={"use_resolution_binning": False}))
+    combine=uncond_first_float, is_guided=_above_one, encode=_encode_sana, call_options={"use_resolution_binning": False, "negative_prompt": None}))
 
 LUMINA2 = register_family(Family(
     "Lumina 2", ("Lumina2Pipeline",), row_args=("timestep", "encoder_hidden_states", "encoder_attention_mask"),

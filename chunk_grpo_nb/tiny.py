@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 # %% auto #0
-__all__ = ['TEXT_WIDTH', 'WORDS', 'TINY', 'tiny_pipeline']
+__all__ = ['TEXT_WIDTH', 'WORDS', 'TINY', 'TINY_SIZE', 'tiny_pipeline', 'tiny_embeddings']
 
 # %% ../nbs/11a_tiny.ipynb #7e41dad3
 TEXT_WIDTH = 32      # of every tiny text embedding
@@ -69,20 +69,104 @@ def _sd3(**options):
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(4), text_encoder=clip, tokenizer=tokenizer,
         text_encoder_2=clip_2, tokenizer_2=tokenizer_2, text_encoder_3=t5, tokenizer_3=tokenizer_3)
 
-# %% ../nbs/11a_tiny.ipynb #f517d3cf
+# %% ../nbs/11a_tiny.ipynb #01a29271
+def _flux2(klein: bool = False):
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=not klein)
+    vae = AutoencoderKLFlux2(
+        sample_size=32, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(4,), layers_per_block=1,
+        latent_channels=1, norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return (Flux2KleinPipeline if klein else Flux2Pipeline)(
+        scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
+
+
+def _qwen():
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(8, 4, 4))
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    return QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
+
+
+def _z_image():
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT_WIDTH,
+                                           axes_dims=[8, 4, 4], axes_lens=[256, 32, 32])
+    torch.nn.init.normal_(transformer.x_pad_token, std=0.02)
+    torch.nn.init.normal_(transformer.cap_pad_token, std=0.02)
+    return ZImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(4), text_encoder=None, tokenizer=None, transformer=transformer)
+
+
+def _sana():
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8,
+        cross_attention_dim=16, caption_channels=TEXT_WIDTH, sample_size=32)
+    shape = {"block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8), "qkv_multiscales": ((), (5,)), "layers_per_block": (1, 1)}
+    vae = AutoencoderDC(latent_channels=4, attention_head_dim=2, **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in shape.items()},
+                        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407)
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    return SanaPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+
+
+def _lumina2():
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8, in_channels=4, hidden_size=16, num_layers=2, num_refiner_layers=1, num_attention_heads=1, num_kv_heads=1, multiple_of=16,
+        axes_dim_rope=(8, 4, 4), cap_feat_dim=TEXT_WIDTH)
+    return Lumina2Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(4), text_encoder=None, tokenizer=None)
+
+# %% ../nbs/11a_tiny.ipynb #f1e5dfbb
 TINY: dict[str, Callable] = {  # name -> builder of a random pipeline
     "flux": _flux,
     "flux-schnell": lambda: _flux(guidance_embeds=False),
     "sd3": _sd3,
     "sd3.5": lambda: _sd3(qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "flux2": _flux2,
+    "flux2-klein": lambda: _flux2(klein=True),
+    "qwen-image": _qwen,
+    "z-image": _z_image,
+    "sana": _sana,
+    "lumina2": _lumina2,
 }
 
 
+TINY_SIZE = {"sana": 32, "lumina2": 32}  # pixels of a side, where it is not 8
+
+
 def tiny_pipeline(name: str = "flux"):
-    "A random pipeline of a few thousand weights, 8 x 8 pixels; the same bits on every call."
+    "A random pipeline of some ten thousand weights; the same bits on every call."
     if name not in TINY:
         raise ValueError(f"no tiny pipeline {name!r}: choose one of {', '.join(TINY)}")
     with torch.random.fork_rng(devices=[]):
         pipe = TINY[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+# %% ../nbs/11a_tiny.ipynb #bcabeaed
+def tiny_embeddings(
+    name: str,    # a tiny pipeline without text encoders
+    prompt: str,
+) -> dict[str, torch.Tensor]:
+    "Random embeddings of `prompt`, with those of the negative prompt: keyword -> tensor without batch dimension. Lengths vary where the family allows it."
+    varies = name in ("qwen-image", "z-image")
+
+    def embed(text: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum((i + 1) * ord(c) for i, c in enumerate(text)))
+        return torch.randn(3 + len(text) % 5 if varies else 6, TEXT_WIDTH, generator=generator)
+
+    found = {"prompt_embeds": embed(prompt)} | ({} if name == "flux2" else {"negative_prompt_embeds": embed("")})
+    if name in ("sana", "lumina2"):
+        mask = torch.arange(6) < 3 + len(prompt) % 4
+        found |= {"prompt_attention_mask": mask.long(), "negative_prompt_attention_mask": (torch.arange(6) < 2).long()}
+    return found
