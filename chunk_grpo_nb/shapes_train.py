@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'WORLD', 'captioned_scenes', 'scene_data', 'build_vae', 'train_vae', 'encode', 'vocabulary', 'merge_rules',
            'build_tokenizers', 'build_pipeline', 'pack', 'token_ids', 'flow_loss', 'sample_sigmas', 'FlowTraining',
-           'train_flow', 'averaged', 'publish', 'draw', 'verified_accuracy']
+           'swap_weights', 'averaged', 'FlowState', 'flow_state', 'flow_update', 'train_flow', 'publish', 'draw',
+           'verified_accuracy']
 
-# %% ../nbs/14d_shapes_train.ipynb #bca9a122
+# %% ../nbs/14d_shapes_train.ipynb #69064df5
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,7 @@ def sample_sigmas(count: int, generator: torch.Generator, mean: float = 0.0, spr
     sigma = torch.sigmoid(mean + spread * torch.randn(count, generator=generator))
     return shift * sigma / (1 + (shift - 1) * sigma)
 
-# %% ../nbs/14d_shapes_train.ipynb #69a80edf
+# %% ../nbs/14d_shapes_train.ipynb #d16bf0e5
 PARTS = ("transformer", "text_encoder", "text_encoder_2")
 
 
@@ -234,11 +235,11 @@ PARTS = ("transformer", "text_encoder", "text_encoder_2")
 class FlowTraining:
     """How the flow model is trained; the learning rate rises, stays, and falls linearly over the last `decay_steps`."""
 
-    steps: int = 13000
+    steps: int = 14000
     batch: int = 96
     lr: float = 2e-3
     warmup_steps: int = 200
-    decay_steps: int = 5000
+    decay_steps: int = 8000
     weight_decay: float = 0.01
     ema: float = 0.999
     shift: float = 2.0  # noise levels are logit-normal, shifted by this
@@ -248,78 +249,113 @@ class FlowTraining:
         """Learning rate of a step."""
         return self.lr * min((step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps, 1.0)
 
-# %% ../nbs/14d_shapes_train.ipynb #e9ed8657
+# %% ../nbs/14d_shapes_train.ipynb #2c0ddc6b
+@torch.no_grad()
+def swap_weights(models: nn.Module, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Give the models these weights; returns those they had."""
+    former = [parameter.detach().clone() for parameter in models.parameters()]
+    for parameter, value in zip(models.parameters(), weights):
+        parameter.copy_(value)
+    return former
+
+
+@contextmanager
+def averaged(models: nn.Module, ema: list[torch.Tensor]):
+    """The models with their averaged weights, in eval mode, for as long as the context lasts."""
+    former = swap_weights(models, ema)
+    try:
+        yield models.eval()
+    finally:
+        swap_weights(models, former)
+
+# %% ../nbs/14d_shapes_train.ipynb #03bee07f
+@dataclass
+class FlowState:
+    """All that a resumed training needs: models and their running mean, optimiser, generator, and how far it came."""
+
+    models: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    ema: list[torch.Tensor]
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint in one stroke."""
+        parts = {name: getattr(self, name) for name in ("ema", "step", "seconds", "curve")}
+        states = {"models": self.models.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        torch.save(parts | states, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        saved = torch.load(path, weights_only=True)
+        self.models.load_state_dict(saved["models"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        self.ema = [mean.detach() for mean in saved["ema"]]
+        self.step, self.seconds, self.curve = saved["step"], saved["seconds"], saved["curve"]
+
+
+def flow_state(pipeline, training: FlowTraining) -> FlowState:
+    """The state of a training that has not begun."""
+    models = nn.ModuleDict({name: getattr(pipeline, name) for name in PARTS})
+    optimizer = torch.optim.AdamW(models.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True)
+    return FlowState(models, optimizer, torch.Generator().manual_seed(training.seed), [p.detach().clone() for p in models.parameters()])
+
+# %% ../nbs/14d_shapes_train.ipynb #555dafc2
+def flow_update(state: FlowState, training: FlowTraining, latents: torch.Tensor, clip_ids: torch.Tensor, t5_ids: torch.Tensor) -> float:
+    """One optimiser step on a random batch, in bfloat16 where autocast takes it; returns the loss."""
+    parameters = list(state.models.parameters())
+    rows = torch.randint(len(latents), (training.batch,), generator=state.generator)
+    sigma = sample_sigmas(training.batch, state.generator, shift=training.shift)
+    noise = torch.randn(training.batch, *latents.shape[1:], generator=state.generator)
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # flash attention is slow on 32 tokens
+        loss = flow_loss(state.models, latents[rows], clip_ids[rows], t5_ids[rows], sigma, noise)
+    state.optimizer.param_groups[0]["lr"] = training.lr_at(state.step)
+    state.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    state.optimizer.step()
+    state.step += 1
+    torch._foreach_lerp_(state.ema, [p.detach() for p in parameters], 1 - min(training.ema, state.step / (state.step + 9)))
+    return loss.item()
+
+# %% ../nbs/14d_shapes_train.ipynb #83a16080
 def train_flow(
-    pipeline,  # from build_pipeline; gets the averaged weights at the end
+    pipeline,  # from build_pipeline; leaves with the averaged weights
     latents: torch.Tensor,  # packed latents (n, 16, 32)
     captions: list[str],  # n captions
     training: FlowTraining,
     folder: str | Path,  # checkpoint.pt and curve.json live here; an existing checkpoint is continued
     unit: int = 250,  # steps between checkpoints
     evaluate=None,  # callable(pipeline, step) -> dict, called with the averaged weights after each unit
-    stop_after: float = math.inf,  # seconds; leaves a checkpoint behind
+    stop_after: float = math.inf,  # seconds; the checkpoint lets the next call continue
 ) -> list[dict]:
     """Train transformer and text encoders together on the flow loss; resumable; returns the curve, one row a unit."""
-    folder = Path(folder)
+    folder, start = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    models = nn.ModuleDict({name: getattr(pipeline, name) for name in PARTS}).train()
-    optimizer = torch.optim.AdamW(models.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True)
-    ema = [p.detach().clone() for p in models.parameters()]
-    generator = torch.Generator().manual_seed(training.seed)
-    state = {"step": 0, "curve": [], "seconds": 0.0}
+    state = flow_state(pipeline, training)
     if (folder / "checkpoint.pt").exists():
-        state = torch.load(folder / "checkpoint.pt", weights_only=True)
-        models.load_state_dict(state.pop("models"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-        generator.set_state(state.pop("generator"))
-        ema = [mean.detach() for mean in state.pop("ema")]
+        state.load(folder / "checkpoint.pt")
     clip_ids, t5_ids = token_ids(pipeline, captions)
-    start = time.time()
-    while state["step"] < training.steps and time.time() - start < stop_after:
-        tic, total, count = time.time(), 0.0, min(unit, training.steps - state["step"])
-        for step in range(state["step"], state["step"] + count):
-            rows = torch.randint(len(latents), (training.batch,), generator=generator)
-            sigma = sample_sigmas(training.batch, generator, shift=training.shift)
-            noise = torch.randn(training.batch, *latents.shape[1:], generator=generator)
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                loss = flow_loss(models, latents[rows], clip_ids[rows], t5_ids[rows], sigma, noise)
-            optimizer.param_groups[0]["lr"] = training.lr_at(step)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-            optimizer.step()
-            torch._foreach_lerp_(ema, [p.detach() for p in models.parameters()], 1 - min(training.ema, (step + 1) / (step + 10)))
-            total += loss.item()
-        state["step"] += count
-        state["seconds"] += time.time() - tic
-        row = {"step": state["step"], "loss": total / count, "lr": optimizer.param_groups[0]["lr"], "seconds": round(state["seconds"], 1)}
+    while state.step < training.steps and time.time() - start < stop_after:
+        tic, losses = time.time(), []
+        state.models.train()
+        while state.step < training.steps and len(losses) < unit:
+            losses.append(flow_update(state, training, latents, clip_ids, t5_ids))
+        state.seconds += time.time() - tic
+        row = {"step": state.step, "loss": sum(losses) / len(losses), "lr": training.lr_at(state.step - 1), "seconds": round(state.seconds, 1)}
         if evaluate is not None:
-            with averaged(models, ema):
-                row |= evaluate(pipeline, state["step"])
-        state["curve"].append(row)
-        saved = {**state, "models": models.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(), "ema": ema}
-        torch.save(saved, folder / "checkpoint.tmp")
-        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-        (folder / "curve.json").write_text(json.dumps(state["curve"], indent=0))
-    for parameter, mean in zip(models.parameters(), ema):
-        parameter.data.copy_(mean)
-    models.eval()
-    return state["curve"]
-
-# %% ../nbs/14d_shapes_train.ipynb #7a85edc4
-@contextmanager
-def averaged(models: nn.Module, ema: list[torch.Tensor]):
-    """The models with their averaged weights, in eval mode, for as long as the context lasts."""
-    raw = [p.detach().clone() for p in models.parameters()]
-    for parameter, mean in zip(models.parameters(), ema):
-        parameter.data.copy_(mean)
-    models.eval()
-    try:
-        yield models
-    finally:
-        models.train()
-        for parameter, value in zip(models.parameters(), raw):
-            parameter.data.copy_(value)
+            with averaged(state.models, state.ema):
+                row |= evaluate(pipeline, state.step)
+        state.curve.append(row)
+        state.save(folder / "checkpoint.pt")
+        (folder / "curve.json").write_text(json.dumps(state.curve, indent=0) + "\n")
+    swap_weights(state.models, state.ema)
+    state.models.eval()
+    return state.curve
 
 # %% ../nbs/14d_shapes_train.ipynb #72afd5b3
 WORLD = {
