@@ -219,7 +219,7 @@ def _keeper(place: str | None) -> Callable[[Tensor], Tensor]:
 
     return keep
 
-# %% ../nbs/12_policy.ipynb #1a50b070
+# %% ../nbs/12_policy.ipynb #24754c82
 class RecordedPipeline(TrainedPipeline):
     "A trained pipeline that samples with recording."
 
@@ -231,7 +231,7 @@ class RecordedPipeline(TrainedPipeline):
         pipe.set_progress_bar_config(disable=True)
         pipe.transformer.eval()
 
-    def context(self):
+    def _context(self):
         "The precision in which the transformer runs."
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
@@ -261,11 +261,11 @@ class RecordedPipeline(TrainedPipeline):
             def on_step(step: int) -> None:
                 if step + 1 == hybrid_steps:
                     stack.enter_context(self.reference())
-            stack.enter_context(self.context())
+            stack.enter_context(self._context())
             on_step(-1)
             return record(self.pipe, text, sampler, init_seeds, noise_seeds, keep_calls=keep_calls, on_step=on_step, store=self.store)
 
-# %% ../nbs/12_policy.ipynb #94ed41c5
+# %% ../nbs/12_policy.ipynb #e0423220
 class Policy(RecordedPipeline):
     "A text-to-image policy: `sample` records, `velocity` and `log_prob` replay with gradients, `reference` is the base. Made by `load_policy`."
 
@@ -278,7 +278,7 @@ class Policy(RecordedPipeline):
         "The velocity of the current weights at recorded states, with gradients through every guidance branch."
         if self.module.training:
             self.module.eval()
-        with self.context():
+        with self._context():
             return replay_velocity(self.module, self.family, recording, rows, steps, self.device)
 
     def log_prob(
