@@ -88,7 +88,7 @@ def finite_groups(
     index = _group_index(group_ids, len(rewards)).to(rewards.device)
     return _group_reduce(torch.isfinite(rewards).double(), index, "amin") == 1
 
-# %% ../nbs/05_advantages.ipynb #9868d1d7
+# %% ../nbs/05_advantages.ipynb #bde9cfeb
 def combined_advantages(
     rewards: Mapping[str, Tensor], # name -> (n,)
     group_ids: Tensor, # (n,)
@@ -117,7 +117,7 @@ def combined_advantages(
     dtype = torch.as_tensor(next(iter(rewards.values()))).dtype
     return (result if per_chunk else result[:, 0]).to(dtype if dtype.is_floating_point else torch.get_default_dtype())
 
-
+# %% ../nbs/05_advantages.ipynb #cbbc0dbf
 def _weight_table(weights: Mapping[str, float | Sequence[float] | Tensor], count: int) -> dict[str, Tensor]:
     "Every weight as float64 (1, 1), (1, K) or (n, K), after checking that they agree on K."
     table = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in weights.items()}

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHUNKERS', 'chunk_ids_from_sizes', 'chunk_sizes_from_ids', 'chunk_mask', 'chunk_sum', 'chunk_lengths',
-           'chunk_to_steps', 'adaptive_chunks', 'segment_chunks', 'register_chunker', 'make_chunker', 'OnlineChunker',
-           'chunk_weights', 'select_chunks']
+           'chunk_to_steps', 'adaptive_chunks', 'segment_chunks', 'register_chunker', 'make_chunker', 'CurveEstimate',
+           'OnlineChunker', 'chunk_weights', 'select_chunks']
 
-# %% ../nbs/04_chunking.ipynb #f1deacc2
+# %% ../nbs/04_chunking.ipynb #e3132539
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,7 +102,7 @@ def chunk_to_steps(
         raise ValueError(f"values must be (b, K) with a column for every chunk, got {tuple(values.shape)} for chunk_ids {tuple(chunk_ids.shape)}")
     return values.expand(rows, -1).gather(1, ids.expand(rows, -1))
 
-# %% ../nbs/04_chunking.ipynb #19f319fb
+# %% ../nbs/04_chunking.ipynb #76b604e1
 def _check_curve(curve: Tensor) -> Tensor:
     "`curve` if it is finite and (steps,) or (b, steps), else an error that names the place."
     if not isinstance(curve, Tensor) or curve.ndim not in (1, 2) or curve.shape[-1] == 0 or not curve.is_floating_point():
@@ -110,7 +112,7 @@ def _check_curve(curve: Tensor) -> Tensor:
         raise ValueError(f"the dynamics curve is {curve[tuple(place)].item()} at index {place}; check the rollout's latents for NaN or a zero norm")
     return curve
 
-
+# %% ../nbs/04_chunking.ipynb #4ebbc5d6
 def _sign_runs(values: list[float], order: int, tolerance: float) -> list[tuple[int, int]]:
     "Runs (sign, length) of the order-`order` difference of `values`, one sign per value."
     for _ in range(order):
@@ -136,7 +138,7 @@ def _join_short(runs: list[tuple[int, int]], min_size: int) -> list[int]:
         joined[:2] = [joined[0] + joined[1]]
     return joined
 
-
+# %% ../nbs/04_chunking.ipynb #676ea4ea
 def _adaptive_sizes(values: list[float], order: int, min_size: int, max_size: int, tolerance: float, rounding: float) -> list[int]:
     "Chunk sizes of one part of a curve, by sign runs of its order-`order` difference, recursively."
     n = len(values)
@@ -294,82 +296,87 @@ def _segment(argument: str, min_size: int = 1) -> Callable:
     count = _whole_number(argument, "segment")
     return lambda curve, group_ids=None: segment_chunks(curve, count, min_size)
 
-# %% ../nbs/04_chunking.ipynb #cabc54ce
-class OnlineChunker:
-    """Re-estimates the mean curve while training and moves the boundaries only when the evidence is there.
+# %% ../nbs/04_chunking.ipynb #bc6d93c7
+@dataclass(frozen=True, eq=False)
+class CurveEstimate:
+    "A running mean of curves with forgetting, and what is needed for its uncertainty; float64 on the CPU."
 
-    Each call takes the curves of one iteration into a running mean (older iterations weigh less by `decay`), applies `rule` to `draws`
-    curves drawn from the sampling distribution of that mean, and moves to the most frequent chunking if at least `confidence` of the draws agree on it.
-    """
+    mean: Tensor # (steps,)
+    scatter: Tensor # (steps, steps) weighted sum of squared deviations
+    weight: float = 0.0 # sum of the curves' weights
+    square_weight: float = 0.0 # sum of their squares
+
+    def updated(
+        self,
+        rows: Tensor, # (b, steps) new curves, of weight 1
+        decay: float, # factor on all earlier weights
+    ) -> "CurveEstimate":
+        "The estimate with new curves taken in (Welford's update, batched)."
+        if rows.shape[1] != len(self.mean):
+            raise ValueError(f"the online chunker has seen curves of {len(self.mean)} steps, now one of {rows.shape[1]}")
+        old, batch, count = decay * self.weight, rows.mean(0), len(rows)
+        shift, centred = batch - self.mean, rows - batch
+        scatter = decay * self.scatter + centred.T @ centred + torch.outer(shift, shift) * old * count / (old + count)
+        return CurveEstimate(self.mean + shift * count / (old + count), scatter, old + count, decay**2 * self.square_weight + count)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        "(count, steps) curves from the sampling distribution of the mean; the mean itself as long as one curve is all there is."
+        effective = self.weight**2 / self.square_weight # number of curves that count, after forgetting
+        if effective < 2:
+            return self.mean[None]
+        values, vectors = torch.linalg.eigh(self.scatter / self.weight / (effective - 1))
+        noise = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64)
+        return self.mean + (noise * values.clamp(min=0).sqrt()) @ vectors.T
+
+# %% ../nbs/04_chunking.ipynb #14a711d8
+class OnlineChunker:
+    "A chunker that re-estimates the mean curve with every call and moves the boundaries when enough bootstrap draws agree on new ones."
 
     def __init__(
         self,
         rule: Callable, # curve (steps,) -> chunk_ids (steps,)
         confidence: float = 0.8, # share of the draws that must agree before a boundary moves
         decay: float = 0.9, # weight of what was seen before, per call
-        draws: int = 64, # curves drawn from the mean's sampling distribution
-        seed: int = 0, # of those draws
+        draws: int = 64, # bootstrap draws per call
+        seed: int = 0, # of the draws
     ):
         if not 0.5 <= confidence <= 1 or not 0 < decay <= 1 or draws < 1:
             raise ValueError(f"confidence must be in [0.5, 1], decay in (0, 1] and draws at least 1, got {confidence}, {decay} and {draws}")
         self.rule, self.confidence, self.decay, self.draws, self.seed = rule, confidence, decay, draws, seed
-        self.calls, self.weight, self.square_weight = 0, 0.0, 0.0
-        self.mean: Tensor | None = None # (steps,) running mean curve, float64
-        self.scatter: Tensor | None = None # (steps, steps) weighted sum of squared deviations
+        self.calls = 0
+        self.estimate: CurveEstimate | None = None
         self.chunk_ids: Tensor | None = None # (steps,) the chunking in force
-        self.candidate: Tensor | None = None # (steps,) the chunking most draws of the last call gave
+        self.candidate: Tensor | None = None # (steps,) what most draws of the last call gave
         self.agreement = 0.0 # share of the draws that gave it
 
     def __call__(self, curve: Tensor, group_ids: Tensor | None = None) -> Tensor:
         "Take in the curves of one iteration, (b, steps), and return the chunking (steps,) in force."
-        self._update(_check_curve(curve).double().cpu().reshape(-1, curve.shape[-1]))
-        counts: dict[tuple, int] = {}
-        for sample in self._draw():
-            ids = tuple(self.rule(sample).tolist())
-            counts[ids] = counts.get(ids, 0) + 1
-        winner = max(counts, key=counts.get)
-        self.candidate, self.agreement = torch.tensor(winner), counts[winner] / sum(counts.values())
+        rows = _check_curve(curve).double().cpu().reshape(-1, curve.shape[-1])
+        steps = rows.shape[1]
+        empty = CurveEstimate(torch.zeros(steps).double(), torch.zeros(steps, steps).double())
+        self.estimate = (self.estimate or empty).updated(rows, self.decay)
+        self.calls += 1
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.calls)
+        found = Counter(tuple(self.rule(draw).tolist()) for draw in self.estimate.draw(self.draws, generator))
+        winner, votes = found.most_common(1)[0]
+        self.candidate, self.agreement = torch.tensor(winner), votes / found.total()
         if self.chunk_ids is None or self.agreement >= self.confidence:
             self.chunk_ids = self.candidate
         return self.chunk_ids.to(curve.device)
 
-    def _update(self, rows: Tensor) -> None:
-        "Weighted running mean and scatter (Welford, with forgetting)."
-        if self.mean is None:
-            self.mean, self.scatter = torch.zeros(rows.shape[1]).double(), torch.zeros(rows.shape[1], rows.shape[1]).double()
-        if rows.shape[1] != len(self.mean):
-            raise ValueError(f"the online chunker has seen curves of {len(self.mean)} steps, now one of {rows.shape[1]}")
-        old, batch = self.decay * self.weight, rows.mean(0)
-        shift, centred = batch - self.mean, rows - batch
-        self.weight, self.square_weight = old + len(rows), self.decay**2 * self.square_weight + len(rows)
-        self.mean = self.mean + shift * len(rows) / self.weight
-        self.scatter = self.decay * self.scatter + centred.T @ centred + torch.outer(shift, shift) * old * len(rows) / self.weight
-        self.calls += 1
-
-    def _draw(self) -> Tensor:
-        "(draws, steps) curves from the sampling distribution of the mean; the mean itself where one curve is all there is."
-        effective = self.weight**2 / self.square_weight # number of curves that count, after forgetting
-        if effective < 2:
-            return self.mean[None]
-        covariance = self.scatter / self.weight / (effective - 1)
-        values, vectors = torch.linalg.eigh(covariance)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.calls)
-        noise = torch.randn(self.draws, len(self.mean), generator=generator, dtype=torch.float64)
-        return self.mean + (noise * values.clamp(min=0).sqrt()) @ vectors.T
-
     def state_dict(self) -> dict:
         "All that a checkpoint needs; the rule and the settings come from the configuration."
-        names = ("calls", "weight", "square_weight", "mean", "scatter", "chunk_ids", "candidate", "agreement")
-        return {name: getattr(self, name) for name in names}
+        estimate = None if self.estimate is None else dict(vars(self.estimate))
+        return {"calls": self.calls, "estimate": estimate, "chunk_ids": self.chunk_ids, "candidate": self.candidate, "agreement": self.agreement}
 
     def load_state_dict(self, state: dict) -> None:
         "Continue from `state_dict`."
-        if missing := self.state_dict().keys() ^ state.keys():
-            raise ValueError(f"online chunker state does not fit; missing or unexpected: {', '.join(sorted(missing))}")
-        for name, value in state.items():
-            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+        if wrong := self.state_dict().keys() ^ state.keys():
+            raise ValueError(f"online chunker state does not fit; missing or unexpected: {', '.join(sorted(wrong))}")
+        estimate = None if state["estimate"] is None else CurveEstimate(**state["estimate"])
+        vars(self).update(state | {"estimate": estimate})
 
-
+# %% ../nbs/04_chunking.ipynb #e0674a27
 @register_chunker("online")
 def _online(argument: str, confidence: float = 0.8, decay: float = 0.9, draws: int = 64, seed: int = 0, **options) -> OnlineChunker:
     "The rule named after the colon (default adaptive), kept up to date while training."
@@ -392,7 +399,7 @@ def chunk_weights(
     present = chunk_mask(chunk_ids).to(mass)
     return (1 - uniform_share) * mass / mass.sum(1, keepdim=True) + uniform_share * present / present.sum(1, keepdim=True)
 
-# %% ../nbs/04_chunking.ipynb #3fed2d2b
+# %% ../nbs/04_chunking.ipynb #804f7088
 def select_chunks(
     weights: Tensor | None, # (b, K) from `chunk_weights`; None draws uniformly
     chunk_ids: Tensor, # (b, steps) or (steps,)
@@ -419,7 +426,7 @@ def select_chunks(
         selected[row, columns[(clocks / weights[row, columns]).argsort()[:count]]] = True # the first clocks to ring
     return selected.to(chunk_ids.device)
 
-
+# %% ../nbs/04_chunking.ipynb #94d1f274
 def _allowed_chunks(weights: Tensor | None, chunk_ids: Tensor, batch_size: int | None, only: Sequence[int] | None) -> Tensor:
     "bool (b, K): the chunks that may be drawn."
     allowed = chunk_mask(chunk_ids)

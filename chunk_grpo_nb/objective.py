@@ -108,7 +108,7 @@ def step_coefficients(
         per_step = torch.where(clipped | (shares == 0), 0, -shares * ratio * advantages / lengths)
         return chunk_to_steps(per_step, chunk_ids)
 
-# %% ../nbs/06_objective.ipynb #a9df8faf
+# %% ../nbs/06_objective.ipynb #9281476e
 def implied_step_weights(
     chunk_ids: Tensor, # (b, steps) or (steps,)
     mask: Tensor | None = None, # bool (b, K): selected chunks; default all
@@ -122,7 +122,7 @@ def implied_step_weights(
     weights = weights * steps / selected.sum(1, keepdim=True)
     return weights.reshape(chunk_ids.shape) if mask is None else weights
 
-
+# %% ../nbs/06_objective.ipynb #6fe68056
 def std_step_weights(
     std: Tensor, # (steps,) or (b, steps): standard deviation of each SDE transition
 ) -> Tensor: # shape of std, mean 1
@@ -147,7 +147,7 @@ def kl_to_reference(
     std = std.reshape(-1, *[1] * (mean.ndim - 1)) if std.ndim == 1 and len(std) == len(mean) else std
     return ((mean.to(dtype) - ref_mean.to(dtype)).square() / (2 * std**2)).flatten(1).mean(1)
 
-# %% ../nbs/06_objective.ipynb #ae3aefaa
+# %% ../nbs/06_objective.ipynb #8d4873dd
 @dataclass(frozen=True)
 class Diagnostics:
     "What to log at every update."
@@ -159,7 +159,7 @@ class Diagnostics:
     log_prob_shift: Tensor # (steps,) mean |log_prob - old log_prob|
     zero_variance_share: float # share of groups without reward spread; NaN if rewards were not given
 
-
+# %% ../nbs/06_objective.ipynb #ad0bef4a
 def diagnose(
     log_probs: Tensor, # (b, steps)
     old_log_probs: Tensor, # (b, steps)

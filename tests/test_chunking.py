@@ -202,8 +202,8 @@ def test_online_running_mean_is_the_mean_without_forgetting():
     for curves in seen:
         online(curves)
     everything = torch.cat(seen).double()
-    torch.testing.assert_close(online.mean, everything.mean(0))
-    torch.testing.assert_close(online.scatter / (len(everything) - 1), everything.T.cov())
+    torch.testing.assert_close(online.estimate.mean, everything.mean(0))
+    torch.testing.assert_close(online.estimate.scatter / (len(everything) - 1), everything.T.cov())
 
 
 def test_online_holds_still_under_noise_and_moves_when_the_curve_does():
@@ -232,7 +232,7 @@ def test_online_continues_from_its_state():
     two.load_state_dict(one.state_dict())
     for seed in range(3, 6):
         assert torch.equal(one(rollout_curves(MEASURED, seed)), two(rollout_curves(MEASURED, seed)))
-    assert torch.equal(one.mean, two.mean) and one.agreement == two.agreement
+    assert torch.equal(one.estimate.mean, two.estimate.mean) and one.agreement == two.agreement
 
 
 def test_online_refuses_what_does_not_fit():
