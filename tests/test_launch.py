@@ -1,0 +1,88 @@
+"""Launch configurations and parameter files: accepted by accelerate and by `load_config`; sharded gradients equal unsharded ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chunk_grpo_nb.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "data/launch"
+PARAMETERS = sorted(LAUNCH.glob("flux_*.yaml"))
+CONFIGS = sorted(set(LAUNCH.glob("*.yaml")) - set(PARAMETERS))
+
+
+def test_every_kind_of_launch_has_a_file():
+    kinds = [yaml.safe_load(p.read_text())["distributed_type"] for p in CONFIGS]
+    assert sorted(kinds) == ["DEEPSPEED", "DEEPSPEED", "FSDP", "FSDP", "MULTI_GPU", "NO"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_accelerate_accepts_the_configuration(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    assert config.num_processes == (1 if path.stem == "one_gpu" else 8 * config.num_machines)
+    assert config.mixed_precision in (None, "no"), "precision belongs to the parameter file"
+
+
+def plugin_of(path: Path, monkeypatch):
+    """The FSDP plugin that `accelerate launch` would make of a configuration: its words, as environment, through accelerate's own code."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "train.py"]))
+    for name, value in prepare_multi_gpu_env(args).items():
+        if name.startswith(("FSDP_", "ACCELERATE_")):
+            monkeypatch.setenv(name, value)
+    return FullyShardedDataParallelPlugin()
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_two_nodes"])
+def test_fsdp_words_reach_the_plugin(name, monkeypatch):
+    plugin = plugin_of(LAUNCH / f"{name}.yaml", monkeypatch)
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and not plugin.cpu_ram_efficient_loading
+    assert plugin.auto_wrap_policy is not None and not plugin.activation_checkpointing
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_files_are_complete_and_agree_with_the_paper(stage):
+    """DeepSpeed itself is not installed: its file is checked for what accelerate and our trainer need."""
+    yaml_file = yaml.safe_load((LAUNCH / f"deepspeed_zero{stage}.yaml").read_text())
+    file = json.loads((ROOT / yaml_file["deepspeed_config"]["deepspeed_config_file"]).read_text())
+    assert file["zero_optimization"]["stage"] == stage
+    assert isinstance(file["train_micro_batch_size_per_gpu"], int), "accelerate needs it where no data loader is prepared"
+    assert file["gradient_clipping"] == load_config(LAUNCH / "flux_dev_paper.yaml").max_grad_norm
+    assert "NOT RUN" in (LAUNCH / f"deepspeed_zero{stage}.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
+def test_parameter_files_load(path):
+    config = load_config(path)
+    assert (config.num_steps, config.noise_level, config.shift, config.group_size, config.chunker) == (17, 0.7, 3.0, 12, "fixed:2,3,4,7")
+
+
+def test_the_papers_settings():
+    c = load_config(LAUNCH / "flux_dev_paper.yaml")
+    assert c.model == "black-forest-labs/FLUX.1-dev" and c.rewards == {"hpsv3": 1.0} and c.lora_rank == 0
+    assert (c.learning_rate, c.weight_decay, c.max_grad_norm) == (1e-5, 1e-4, 0.01)
+    assert (c.height, c.width, c.guidance_scale, c.same_noise, c.fraction) == (720, 720, 3.5, True, 0.5)
+    assert (c.clip_low, c.clip_high, c.advantage_clip, c.kl_weight) == (5e-5, 5e-5, 5.0, 0.0)
+    assert c.prompts_per_iteration == 2 * yaml.safe_load((LAUNCH / "fsdp2.yaml").read_text())["num_processes"]
+    assert c.iterations * c.updates_per_iteration == 150
+
+
+def test_sharded_gradients_equal_unsharded_ones(tmp_path):
+    """`fully_shard` on two gloo processes, float64: LoRA and all weights, first and later updates, uneven and idle processes."""
+    out = tmp_path / "found.json"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "tests/fsdp_run.py"), str(out)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert set(found) == {"lora", "full", "first update", "uneven passes", "one process idle"}
+    assert max(found.values()) < 1e-10, found
