@@ -7,7 +7,7 @@ __all__ = ['GENEVAL_CLASSES', 'GENEVAL_COLOURS', 'Found', 'objects_from_queries'
            'GenEvalVerdict', 'judge', 'cut_out', 'ColourClassifier', 'GenEvalScorer', 'geneval', 'score_folder',
            'geneval_summary']
 
-# %% ../nbs/16_geneval.ipynb #443cc3f4
+# %% ../nbs/16_geneval.ipynb #38c8085d
 import json
 import re
 from collections.abc import Callable
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from .rewards import register_reward
-from .scorers import WEIGHTS, clip_pixels, from_hub, pick_device, to_tensor
+from .scorers import clip_pixels, to_tensor
+from .weights import WEIGHTS, from_hub, pick_device
 
 # %% ../nbs/16_geneval.ipynb #13b3dfcf
 GENEVAL_CLASSES = (

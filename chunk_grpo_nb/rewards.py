@@ -61,11 +61,12 @@ def reward_function(
 
     return register
 
-# %% ../nbs/13_rewards.ipynb #878eec1d
+# %% ../nbs/13_rewards.ipynb #e3d3004b
 REWARD_MODULES = {  # name -> module that registers it, imported on first use
     **dict.fromkeys(["shapes_dense", "shapes_strict", "shapes_clip", "shapes_pick"], "chunk_grpo_nb.shapes"),
     **dict.fromkeys(["clip_score", "pickscore", "hpsv2", "aesthetic", "jpeg_compressibility", "jpeg_incompressibility"], "chunk_grpo_nb.scorers"),
-    **dict.fromkeys(["hpsv3", "imagereward", "ocr"], "chunk_grpo_nb.scorers_vlm"),
+    **dict.fromkeys(["hpsv3", "imagereward"], "chunk_grpo_nb.scorers_vlm"),
+    "ocr": "chunk_grpo_nb.ocr",
     "vlm_judge": "chunk_grpo_nb.remote",
     "geneval": "chunk_grpo_nb.geneval",
 }

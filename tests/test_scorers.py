@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from chunk_grpo_nb import scorers, scorers_vlm
+from chunk_grpo_nb import ocr, scorers, scorers_vlm, weights
 from chunk_grpo_nb.rewards import RewardUnavailable, check_pairing, make_reward, score
 
 PROMPTS = ["a red cube", "two blue spheres", "a dog on a mat"]
@@ -63,7 +63,7 @@ def test_hpsv2_layout_fills_every_parameter():
     with torch.device("meta"):
         model = CLIPModel(config)
         ported = scorers.openclip_to_transformers({k: torch.empty(s) for k, s in scorers.openclip_shapes(config).items()})
-    scorers.check_layout(scorers.shapes_of(ported), scorers.shapes_of(model), "HPSv2.1")
+    weights.check_layout(weights.shapes_of(ported), weights.shapes_of(model), "HPSv2.1")
     assert sum(p.numel() for p in model.parameters()) == 986_109_441  # open_clip's model profile for ViT-H-14
 
 
@@ -75,7 +75,7 @@ def test_imagereward_layout_fills_every_parameter():
         parts = scorers_vlm.imagereward_to_transformers({k: torch.empty(s) for k, s in scorers_vlm.imagereward_shapes(vision, text).items()})
         modules = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False), scorers.score_head(768)
     for part, module in zip(parts, modules):
-        scorers.check_layout(scorers.shapes_of(part), scorers.shapes_of(module), "ImageReward")
+        weights.check_layout(weights.shapes_of(part), weights.shapes_of(module), "ImageReward")
 
 
 @pytest.mark.parametrize("new_names", [False, True])
@@ -88,8 +88,8 @@ def test_hpsv3_layout_fills_every_parameter(new_names):
         shapes = {("model." + k if k.startswith("visual") else k.replace("model.", "model.language_model.")): s for k, s in shapes.items()}
     with torch.device("meta"):
         backbone, head = scorers_vlm.hpsv3_to_transformers({k: torch.empty(s) for k, s in shapes.items()})
-        scorers.check_layout(scorers.shapes_of(backbone), scorers.shapes_of(Qwen2VLModel(config)), "HPSv3")
-    scorers.check_layout(scorers.shapes_of(head), scorers.shapes_of(scorers_vlm.rating_head(3584)), "HPSv3 head")
+        weights.check_layout(weights.shapes_of(backbone), weights.shapes_of(Qwen2VLModel(config)), "HPSv3")
+    weights.check_layout(weights.shapes_of(head), weights.shapes_of(scorers_vlm.rating_head(3584)), "HPSv3 head")
 
 
 def test_other_layout_is_refused_by_name(tiny_clip):
@@ -97,7 +97,7 @@ def test_other_layout_is_refused_by_name(tiny_clip):
     wrong = {**shapes, "visual.proj": (3, 3), "extra.bias": (1,)}
     del wrong["ln_final.weight"]
     with pytest.raises(RewardUnavailable, match=r"1 missing: ln_final.weight; 1 unexpected: extra.bias; 1 of another shape: visual.proj is \(3, 3\)"):
-        scorers.check_layout(wrong, shapes, "some file")
+        weights.check_layout(wrong, shapes, "some file")
     with pytest.raises(RewardUnavailable, match="visual.head.gamma"):
         scorers.openclip_to_transformers({"visual.head.gamma": torch.ones(1)})
 
@@ -367,7 +367,30 @@ def test_ocr_scores_what_is_read_and_names_prompts_without_text():
 
 @pytest.mark.parametrize("a, b, d", [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("abc", "acb", 2), ("flaw", "lawn", 2)])
 def test_edit_distance(a, b, d):
-    assert scorers_vlm.edit_distance(a, b) == scorers_vlm.edit_distance(b, a) == d
+    assert ocr.edit_distance(a, b) == ocr.edit_distance(b, a) == d
+
+
+def test_got_reader_runs_a_small_model(tmp_path):
+    """GOT-OCR 2.0 of transformers with random weights: image in, some text out, one per image, the same whatever is beside it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {w: i for i, w in enumerate([*special, *letters])}
+    raw = Tokenizer(models.BPE(vocab=words, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=special[1:]).save_pretrained(tmp_path)
+    GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    vision = dict(hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8, window_size=4, global_attn_indexes=[0], mlp_dim=16)
+    text = dict(model_type="qwen2", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=len(words),
+                bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    GotOcr2ForConditionalGeneration(GotOcr2Config(vision_config=vision, text_config=text, image_token_index=words["<imgpad>"], image_seq_length=4)).save_pretrained(tmp_path)
+    read = ocr.got_reader(tmp_path, device="cpu", max_new_tokens=5)
+    texts = read(IMAGES[:2])
+    assert len(texts) == 2 and all(isinstance(t, str) and "<im" not in t for t in texts) and read(IMAGES[1:2]) == texts[1:]
+    assert score(make_reward("ocr", model=tmp_path, device="cpu", max_new_tokens=5), IMAGES[:1], ['says "x"']).shape == (1,)
 
 
 # ---------------------------------------------------------------- missing weights
@@ -379,10 +402,10 @@ def test_missing_weights_say_what_to_download_and_where_to_put_it(name, tmp_path
     for model in (str(tmp_path), "nobody/nothing"):
         with pytest.raises(RewardUnavailable) as error:
             make_reward(name, model=model, **options)
-        weights = scorers.WEIGHTS[name]
-        for part in (f"huggingface.co/{weights.hub}", f"hf download {weights.hub}", weights.licence, f"make_reward('{name}', model=...)", weights.file or "folder"):
+        want = weights.WEIGHTS[name]
+        for part in (f"huggingface.co/{want.hub}", f"hf download {want.hub}", want.licence, f"make_reward('{name}', model=...)", want.file or "folder"):
             assert part in str(error.value)
 
 
 def test_every_licence_is_stated():
-    assert all(w.licence and w.gigabytes > 0 and "/" in w.hub for w in scorers.WEIGHTS.values())
+    assert all(w.licence and w.gigabytes > 0 and "/" in w.hub for w in weights.WEIGHTS.values())
