@@ -23,7 +23,7 @@ from .records import RunFolder, read_rows
 
 # %% auto #0
 __all__ = ['plot_dynamics', 'metrics_table', 'smooth', 'plot_training', 'paired_by_seed', 'plot_arms', 'change_by_kind',
-           'plot_change', 'plot_steps', 'plot_images', 'run_figures', 'report_page']
+           'plot_change', 'plot_steps', 'plot_images', 'plot_method', 'run_figures', 'report_page', 'live_curve']
 
 # %% ../nbs/31_plots.ipynb #317bfa3f
 _PALETTE = "colorblind"
@@ -268,6 +268,36 @@ def plot_images(
         ax.set_title(fill(title, int(15 * size)), fontsize="x-small")
     return figure
 
+# %% ../nbs/31_plots.ipynb #1340e5ae
+def plot_method(
+    believed: Sequence,          # PIL images, one per trained step: the predicted original
+    curves,                      # (trajectories, steps)
+    chunk_sizes: Sequence[int],
+    title: str = "",             # the prompt
+) -> Figure:
+    """Images along the way, their dynamics with the chunks, and the step weights that the chunks imply."""
+    import torch
+
+    from chunk_grpo_nb.chunking import chunk_ids_from_sizes
+    from chunk_grpo_nb.objective import implied_step_weights
+    mean, steps = np.atleast_2d(np.asarray(curves, dtype=float)).mean(0), len(believed)
+    weights = implied_step_weights(torch.as_tensor(chunk_ids_from_sizes(list(chunk_sizes)))).numpy()
+    figure, (top, middle, bottom) = _axes(9, 4.6, rows=3, sharex=True, gridspec_kw={"height_ratios": [0.66, 2.2, 1.5]})
+    for t, picture in enumerate(believed):
+        top.imshow(picture, extent=(t - 0.46, t + 0.46, 0, 1), aspect="auto", interpolation="nearest" if picture.width <= 128 else "antialiased")
+    top.set(yticks=[], ylim=(0, 1)); top.set_title(title, fontsize="small"); top.grid(False)
+    top.set_ylabel("belief", rotation=0, ha="right", va="center")
+    _shade(middle, chunk_sizes, steps)
+    middle.plot(mean, "o-", color=sns.color_palette(_PALETTE)[0], markersize=4)
+    middle.set_ylabel("relative\nchange", rotation=0, ha="right", va="center")
+    _shade(bottom, chunk_sizes, steps)
+    bottom.bar(range(steps), weights, color=sns.color_palette(_PALETTE)[1], width=0.8)
+    bottom.plot(range(steps), np.ones(steps), "o", color="0.3", markersize=3)
+    for text in list(bottom.texts): text.remove()
+    bottom.set_ylabel("weight of\na step", rotation=0, ha="right", va="center")
+    bottom.set(xlabel="sampling step (0 is the noisiest)", xlim=(-0.5, steps - 0.5), xticks=range(steps))
+    return figure
+
 # %% ../nbs/31_plots.ipynb #970bda75
 def run_figures(
     run: RunFolder,
@@ -323,3 +353,21 @@ def report_page(
         parts.append(f"<h2>{html.escape(grid.stem)}</h2>\n{_embedded(grid.read_bytes())}")
     style = "body{font:15px sans-serif;max-width:60em;margin:2em auto;color:#222}th{text-align:left;padding-right:2em;vertical-align:top}img{max-width:100%}"
     return "\n".join(['<!doctype html><meta charset="utf-8">', f"<title>{html.escape(run.path.name)}</title><style>{style}</style>", *parts])
+
+# %% ../nbs/31_plots.ipynb #e150ea14
+def live_curve(
+    column: str,       # of the metrics, such as "reward_shapes_dense"
+    window: int = 5,   # updates averaged
+    every: int = 5,    # iterations between redraws
+):
+    """A callback `(run, iteration)` that keeps one figure of `column` up to date in a notebook."""
+    from IPython.display import display
+    shown = {}
+
+    def callback(run: RunFolder, iteration: int) -> None:
+        if iteration % every and iteration + 1 != run.config.iterations:
+            return
+        table = smooth(metrics_table({("this run", run.config.seed): run}), column, window)
+        figure = plot_training(table, column, x="iteration", labels=("iteration", f"{column.replace('_', ' ')},\nmean of {window} updates"))
+        shown["handle"].update(figure) if shown else shown.update(handle=display(figure, display_id=True))
+    return callback

@@ -52,7 +52,13 @@ def _passes(rollout: Rollout, credit: Credit, members: Sequence[int], micro_batc
         passes.append((k, current))
     return [(rollout.recordings[k], *torch.tensor(pairs).unbind(1)) for k, pairs in passes if pairs]
 
-# %% ../nbs/25_trainer.ipynb #dda79b5e
+# %% ../nbs/25_trainer.ipynb #3fa1bab5
+def _kl(policy: Policy, recording, rows: Tensor, steps: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    "(rows,) KL of the transitions to those of the reference policy."
+    with torch.no_grad(), policy.reference(): reference = policy.log_prob(recording, rows, steps)[1]
+    return kl_to_reference(mean, reference, std)
+
+# %% ../nbs/25_trainer.ipynb #7b486dff
 def accumulate_gradient(
     policy: Policy,
     rollout: Rollout,
@@ -79,8 +85,7 @@ def accumulate_gradient(
     largest = int(trained[members].sum(1).max()) if members else 0
     two_pass = not on_policy and (two_pass or bool(micro_batch) and largest > micro_batch)
     passes = _passes(rollout, credit, members, micro_batch, whole=not (on_policy or two_pass))
-    extra = num_passes(len(passes)) - len(passes) if num_passes else 0
-    idle = [(rollout.recordings[0], *torch.zeros(3, 1, dtype=torch.long))] * extra
+    idle = [(rollout.recordings[0], *torch.zeros(3, 1, dtype=torch.long))] * (num_passes(len(passes)) - len(passes) if num_passes else 0)
     kl_sum, rows_trained = 0.0, sum(len(p[1]) for p in passes)
 
     def coefficients(values: Tensor, chosen: Tensor) -> Tensor:
@@ -98,9 +103,8 @@ def accumulate_gradient(
         c = coefficients(old if on_policy else new, chosen)[back, steps].to(log_prob)
         loss = (c * log_prob).sum()
         if kl_weight:
-            with torch.no_grad(), policy.reference(): reference = policy.log_prob(recording, rows, steps)[1]
-            kl = kl_to_reference(mean, reference, std) / (trained.sum(1)[local].to(mean) * num_samples)
-            loss, kl_sum = loss + kl_weight * kl.sum(), kl_sum + float(kl.detach().sum())
+            kl = (_kl(policy, recording, rows, steps, mean, std) / (trained.sum(1)[local].to(mean) * num_samples)).sum()
+            loss, kl_sum = loss + kl_weight * kl, kl_sum + float(kl.detach())
         backward(scale * loss)
     for recording, rows, steps, _ in idle: backward(0 * policy.log_prob(recording, rows, steps)[0].sum())
     return new, {"kl": kl_sum, "trained": rows_trained, "ratio": rows_trained * two_pass}
@@ -127,11 +131,12 @@ def _moving_average(config: Config, parameters: list):
     from diffusers.training_utils import EMAModel
     return EMAModel(parameters, decay=config.ema_decay, min_decay=config.ema_decay)  # without min_decay the rate ramps up from 0
 
-# %% ../nbs/25_trainer.ipynb #1909e4bf
+# %% ../nbs/25_trainer.ipynb #bd608379
 class Trainer:
-    "The state of one run. `resume=True` continues the run in `out_dir` from its newest checkpoint. Use it through `train`, or iterate yourself."
+    """The state of one run. `resume=True` continues the run in `out_dir` from its newest checkpoint, a path from that checkpoint.
+    Use it through `train`, or iterate yourself."""
 
-    def __init__(self, config: Config, out_dir: str | Path, resume: bool = False):
+    def __init__(self, config: Config, out_dir: str | Path, resume: bool | str | Path = False):
         from accelerate import Accelerator
         c = self.config = config
         self.accelerator = Accelerator(cpu=c.device == "cpu", log_with=c.track, project_dir=str(out_dir))
@@ -153,7 +158,7 @@ class Trainer:
         self.schedule, self.ema = _schedule(c, self.optimizer), _moving_average(c, self.parameters)
         if self.sharded and self.ema: raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it to 0")
         self.done, self.evaluations, self.replay = 0, {"sampled": 0, "ratio": 0, "trained": 0}, None
-        self.run = _resume(self, out_dir) if resume else _start(self, out_dir)
+        self.run = _resume(self, out_dir, resume) if resume else _start(self, out_dir)
         if c.track: self.accelerator.init_trackers("run")
 
     @property
@@ -310,25 +315,25 @@ def _restore(t: Trainer, state: dict) -> None:
     if t.ema: t.ema.load_state_dict(state["ema"]); t.ema.to(device=t.accelerator.device)
     if state["chunker"] is not None: t.chunker.load_state_dict(state["chunker"])
 
-# %% ../nbs/25_trainer.ipynb #b678ec19
+# %% ../nbs/25_trainer.ipynb #2337c423
 _MAY_CHANGE = ("iterations", "validate_every", "checkpoint_every", "keep_checkpoints", "micro_batch", "rollout_batch", "device", "track", "validation_images")
 
 
-def _resume(t: Trainer, out_dir) -> RunFolder:
+def _resume(t: Trainer, out_dir, which: bool | str | Path) -> RunFolder:
     run = RunFolder.open(out_dir)
     then, now = asdict(run.config), asdict(t.config)
     changed = [k for k in now if k not in _MAY_CHANGE and then[k] != now[k]]
     if changed: raise ValueError(f"{run.path}: cannot resume with other settings: " + ", ".join(f"{k} was {then[k]!r}, now {now[k]!r}" for k in changed))
-    checkpoints = list_checkpoints(run)
+    checkpoints = list_checkpoints(run) if which is True else [Path(which)]
     if checkpoints: _restore(t, load_checkpoint(checkpoints[-1]))
     t.accelerator.wait_for_everyone()
     if t.main: drop_rows_after(run, t.done - 1, ("metrics", "timings", "dynamics", "replay")); drop_rows_after(run, t.done, ("validation",))
     return run
 
-# %% ../nbs/25_trainer.ipynb #4008f49e
-def train(config: Config, out_dir: str | Path, resume: bool = False, callback: Callable | None = None) -> RunFolder:
+# %% ../nbs/25_trainer.ipynb #37c2c9ed
+def train(config: Config, out_dir: str | Path, resume: bool | str | Path = False, callback: Callable | None = None) -> RunFolder:
     """Train, and leave everything in `out_dir`. `callback(run, iteration)` is called after every iteration, for live curves.
-    With `resume=True` a run that was cut off continues from its newest checkpoint, to the same bits on CPU."""
+    With `resume=True` a run that was cut off continues from its newest checkpoint (a path: from that one), to the same bits on CPU."""
     from tqdm.auto import tqdm
     t = Trainer(config, out_dir, resume)
     c, bar = config, tqdm(total=config.iterations, initial=t.done, desc=Path(out_dir).name, disable=not t.main)
@@ -363,7 +368,7 @@ def _finish(t: Trainer) -> None:
             if len(rows := read_rows(t.run, name)): save_table(t.run, name, rows)
     if t.config.track: t.accelerator.end_training()
 
-# %% ../nbs/25_trainer.ipynb #736fe279
+# %% ../nbs/25_trainer.ipynb #4a3a6ac5
 def measure_overhead(trainer: Trainer, iteration: int) -> dict[str, float]:
     "Seconds of one iteration without decoding and scoring, of the bare transformer calls in it, and their ratio. The iteration is a real one: weights move."
     t, seen = trainer, {}
@@ -394,7 +399,7 @@ def measure_overhead(trainer: Trainer, iteration: int) -> dict[str, float]:
 def _bare_call(t: Trainer, recording, rows: Tensor, steps: Tensor, gradient: bool) -> None:
     policy = t.policy
     rows, steps = rows.to(policy.device), steps.to(policy.device)
-    with torch.set_grad_enabled(gradient), policy._context():
+    with torch.set_grad_enabled(gradient), torch.autocast(policy.device.type, policy.autocast or torch.float32, enabled=bool(policy.autocast)):
         for call in recording.calls:
             out = policy.module(**call.arguments(rows, steps, recording.latents[rows, steps], len(recording), policy.family))[0]
             if gradient: policy.family.from_output(out).float().sum().backward()

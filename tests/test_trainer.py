@@ -63,7 +63,7 @@ VARIANTS = {
     "kl of a lora": {"kl_weight": 0.1, "lora_rank": 2}, "epochs": {"inner_epochs": 2, "lr_schedule": "cosine", "warmup_updates": 1}, "same noise": {"same_noise": True},
     "batches": {"rollout_batch": 3, "micro_batch": 3}, "sgd": {"optimizer": "sgd"}, "checkpointing": {"gradient_checkpointing": True},
     "bf16": {"mixed_precision": "bf16"}, "rewards per chunk": {"rewards": {"redness": 1.0, "greenness": 1.0}, "chunk_rewards": [{"redness": 1.0}, {"greenness": 1.0}]},
-    "gdpo": {"rewards": {"redness": 1.0, "greenness": 0.5}, "reward_mix": "gdpo"},
+    "tensorboard": {"track": "tensorboard"}, "gdpo": {"rewards": {"redness": 1.0, "greenness": 0.5}, "reward_mix": "gdpo"},
 }
 
 
@@ -95,6 +95,15 @@ def test_resume_gives_the_same_bits(config, tmp_path):
         assert (whole.path / f"{name}.jsonl").read_text() == (resumed.path / f"{name}.jsonl").read_text()
     a, b = (load_checkpoint(list_checkpoints(r)[-1]) for r in (whole, resumed))
     assert json.dumps(a, default=lambda t: t.tolist()) == json.dumps(b, default=lambda t: t.tolist())
+
+
+def test_resume_from_any_checkpoint(config, tmp_path):
+    config = replace(config, iterations=3)
+    whole = train(config, tmp_path / "run")
+    metrics, last = (whole.path / "metrics.jsonl").read_text(), load_checkpoint(list_checkpoints(whole)[-1])["model"]
+    again = train(config, whole.path, resume=list_checkpoints(whole)[0])
+    assert (again.path / "metrics.jsonl").read_text() == metrics
+    assert all(torch.equal(last[k], v) for k, v in load_checkpoint(list_checkpoints(again)[-1])["model"].items())
 
 
 def test_resume_refuses_other_settings(config, tmp_path):
