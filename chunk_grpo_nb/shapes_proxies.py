@@ -170,11 +170,11 @@ def train_clip(
 
     return _fit(model, losses, len(pictures), steps, batch, lr, rng)
 
-# %% ../nbs/14e_shapes_proxies.ipynb #48856ed0
+# %% ../nbs/14e_shapes_proxies.ipynb #dd3e6db1
 def _fit(model, losses, count: int, steps: int, batch: int, lr: float, rng: np.random.Generator) -> list[dict]:
     """AdamW with one cycle of the learning rate on `losses(rows) -> (loss, accuracy)`; the curve has a row every 25 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08)
     curve, start = [], time.time()
     model.requires_grad_(True).train()
     for step in range(steps):

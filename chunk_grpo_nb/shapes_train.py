@@ -322,7 +322,7 @@ def flow_update(state: FlowState, training: FlowTraining, latents: torch.Tensor,
     torch._foreach_lerp_(state.ema, [p.detach() for p in parameters], 1 - min(training.ema, state.step / (state.step + 9)))
     return loss.item()
 
-# %% ../nbs/14d_shapes_train.ipynb #83a16080
+# %% ../nbs/14d_shapes_train.ipynb #852fc87b
 def train_flow(
     pipeline,  # from build_pipeline; leaves with the averaged weights
     latents: torch.Tensor,  # packed latents (n, 16, 32)
@@ -331,6 +331,7 @@ def train_flow(
     folder: str | Path,  # checkpoint.pt and curve.json live here; an existing checkpoint is continued
     unit: int = 250,  # steps between checkpoints
     evaluate=None,  # callable(pipeline, step) -> dict, called with the averaged weights after each unit
+    last_step: int | None = None,  # end here, before the schedule does
     stop_after: float = math.inf,  # seconds; the checkpoint lets the next call continue
 ) -> list[dict]:
     """Train transformer and text encoders together on the flow loss; resumable; returns the curve, one row a unit."""
@@ -340,10 +341,11 @@ def train_flow(
     if (folder / "checkpoint.pt").exists():
         state.load(folder / "checkpoint.pt")
     clip_ids, t5_ids = token_ids(pipeline, captions)
-    while state.step < training.steps and time.time() - start < stop_after:
+    last = min(last_step or training.steps, training.steps)
+    while state.step < last and time.time() - start < stop_after:
         tic, losses = time.time(), []
         state.models.train()
-        while state.step < training.steps and len(losses) < unit:
+        while state.step < last and len(losses) < unit:
             losses.append(flow_update(state, training, latents, clip_ids, t5_ids))
         state.seconds += time.time() - tic
         row = {"step": state.step, "loss": sum(losses) / len(losses), "lr": training.lr_at(state.step - 1), "seconds": round(state.seconds, 1)}
@@ -357,7 +359,7 @@ def train_flow(
     state.models.eval()
     return state.curve
 
-# %% ../nbs/14d_shapes_train.ipynb #72afd5b3
+# %% ../nbs/14d_shapes_train.ipynb #eea1556e
 WORLD = {
     "height": SIZE,
     "width": SIZE,
@@ -372,6 +374,7 @@ def publish(pipeline, folder: str | Path) -> None:
     """Save the pipeline and world.json into the folder; files of other parts in it stay, and each file is replaced in one stroke."""
     folder, fresh = Path(folder), Path(f"{folder}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.vae.register_to_config(_name_or_path="")  # not where it was trained
     pipeline.save_pretrained(fresh)
     (fresh / "world.json").write_text(json.dumps(WORLD, indent=2) + "\n")
     for path in sorted(fresh.rglob("*")):
