@@ -64,6 +64,14 @@ def test_report_is_one_file_with_its_pictures_inside(home):
     assert main(["report", str(home / "run")]) == 0, "making the report again is fine"
 
 
+def test_plan_says_what_fits(home, capsys):
+    words = ["plan", "--model", str(home / "flux"), "--resolution", "16", "-p", "lora_rank", "2"]
+    assert main([*words, "--gpu", "1GB"]) == 0
+    assert "fits" in capsys.readouterr().out
+    assert main([*words, "--gpu", "0.0001GB"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
 def test_run_and_sweep(home, capsys):
     toy = write(home / "nbs/experiments/toy.ipynb", "assert seed < 5, 'too large'")
     assert main(["run", str(toy)]) == 0
@@ -92,6 +100,9 @@ def test_run_and_sweep(home, capsys):
     ("report {home}", "not a run folder"),
     ("run {home}/none.ipynb", "no notebook"),
     ("sweep {home}/none.yaml", "no sweep file"),
+    ("plan --model someone/unknown-model", "not known offline"),
+    ("plan --model {home}/flux --resolution big", "write 720"),
+    ("plan --model {home}/flux --gpu 80", "80GB or 79GiB"),
 ])
 def test_refusals_are_one_line_and_leave_nothing(home, capsys, words, message):
     before = sorted(p.name for p in home.iterdir())
@@ -107,7 +118,7 @@ def test_debug_shows_the_error_itself():
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("train", "evaluate", "sample", "report", "run", "sweep"):
+    for command in ("train", "evaluate", "sample", "plan", "report", "run", "sweep"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0
