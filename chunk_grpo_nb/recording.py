@@ -136,7 +136,7 @@ def flow_scheduler(
     known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     return (scheduler_class or FlowMatchEulerDiscreteScheduler).from_config({k: v for k, v in config.items() if k in known}, **changes)
 
-# %% ../nbs/11b_recording.ipynb #59b87420
+# %% ../nbs/11b_recording.ipynb #601f9484
 class ReplayError(RuntimeError):
     "A pipeline, or a recording, that cannot be replayed; the message says why."
 
@@ -165,7 +165,7 @@ def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def _same_place(value: Tensor) -> Tensor:
     return value
 
-
+# %% ../nbs/11b_recording.ipynb #02c3f869
 @dataclass(frozen=True, eq=False)
 class RecordedCall:
     "One transformer call per step of a rollout of b images: everything but the latents."
@@ -195,7 +195,31 @@ class RecordedCall:
         found[family.latents_arg] = family.to_input(torch.cat([latents] * self.branches) if self.branches > 1 else latents)
         return found
 
-# %% ../nbs/11b_recording.ipynb #74b1cad2
+# %% ../nbs/11b_recording.ipynb #722f861a
+def _fold_call(family: Family, batch: int, first: dict, varying: dict, inputs: tuple, first_rows: Tensor, which: Tensor) -> RecordedCall:
+    "One recorded call from its collected arguments; refuses what is not declared."
+    rows, dtype = inputs
+    if rows % batch:
+        raise ReplayError(f"{family.name}: a transformer call has {rows} rows for {batch} images; a multiple was expected")
+    k, shared, constant, stacked = rows // batch, {}, {}, {}
+    some = torch.cat([first_rows + j * batch for j in range(k)])
+    every = torch.cat([which + j * len(first_rows) for j in range(k)])
+    for name, value in first.items():
+        if name in varying:
+            if name not in family.row_args or not isinstance(value, Tensor):
+                raise ReplayError(f"{family.name}: argument {name!r} changes between steps but is not declared in row_args")
+            stacked[name] = torch.stack(varying[name])
+        elif value is not None and name in family.row_args:
+            values = _take(value, some)
+            constant[name] = (values, every) if _equal(_take(values, every), value) else (value, torch.arange(rows, device=some.device))
+        elif isinstance(value, Tensor) and name not in family.shared_args:
+            raise ReplayError(f"{family.name}: the transformer was called with {name!r}, which is declared neither in row_args nor in "
+                              "shared_args of its family: declare it, so that rows are taken rightly")
+        else:
+            shared[name] = value
+    return RecordedCall(k, dtype, shared, constant, stacked)
+
+# %% ../nbs/11b_recording.ipynb #f09ad194
 class CallLog:
     "Collects the transformer calls of one rollout; `hook` goes to `register_forward_pre_hook(..., with_kwargs=True)`."
 
@@ -231,29 +255,7 @@ class CallLog:
 
     def fold(self, first_rows: Tensor, which: Tensor) -> tuple[RecordedCall, ...]:
         "The calls, with one copy per distinct prompt: `first_rows` (u,) has an image of each prompt, `which` (b,) the prompt of each image."
-        return tuple(self._fold_one(*parts, first_rows, which) for parts in zip(self.first, self.varying, self.inputs))
-
-    def _fold_one(self, first: dict, varying: dict, inputs: tuple, first_rows: Tensor, which: Tensor) -> RecordedCall:
-        rows, dtype = inputs
-        if rows % self.batch:
-            raise ReplayError(f"{self.family.name}: a transformer call has {rows} rows for {self.batch} images; a multiple was expected")
-        k, shared, constant, stacked = rows // self.batch, {}, {}, {}
-        some = torch.cat([first_rows + j * self.batch for j in range(k)])
-        every = torch.cat([which + j * len(first_rows) for j in range(k)])
-        for name, value in first.items():
-            if name in varying:
-                if name not in self.family.row_args or not isinstance(value, Tensor):
-                    raise ReplayError(f"{self.family.name}: argument {name!r} changes between steps but is not declared in row_args")
-                stacked[name] = torch.stack(varying[name])
-            elif value is not None and name in self.family.row_args:
-                values = _take(value, some)
-                constant[name] = (values, every) if _equal(_take(values, every), value) else (value, torch.arange(rows, device=some.device))
-            elif isinstance(value, Tensor) and name not in self.family.shared_args:
-                raise ReplayError(f"{self.family.name}: the transformer was called with {name!r}, which is declared neither in row_args nor in "
-                                  "shared_args of its family: declare it, so that rows are taken rightly")
-            else:
-                shared[name] = value
-        return RecordedCall(k, dtype, shared, constant, stacked)
+        return tuple(_fold_call(self.family, self.batch, *parts, first_rows, which) for parts in zip(self.first, self.varying, self.inputs))
 
 # %% ../nbs/11b_recording.ipynb #d9551664
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ def _sd3(**options):
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(4), text_encoder=clip, tokenizer=tokenizer,
         text_encoder_2=clip_2, tokenizer_2=tokenizer_2, text_encoder_3=t5, tokenizer_3=tokenizer_3)
 
-# %% ../nbs/11a_tiny.ipynb #01a29271
+# %% ../nbs/11a_tiny.ipynb #03263e94
 def _flux2(klein: bool = False):
     from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def _flux2(klein: bool = False):
     return (Flux2KleinPipeline if klein else Flux2Pipeline)(
         scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
 
-
+# %% ../nbs/11a_tiny.ipynb #ae3bd29b
 def _qwen():
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def _z_image():
     torch.nn.init.normal_(transformer.cap_pad_token, std=0.02)
     return ZImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(4), text_encoder=None, tokenizer=None, transformer=transformer)
 
-
+# %% ../nbs/11a_tiny.ipynb #e2370490
 def _sana():
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
     torch.manual_seed(0)

@@ -113,11 +113,11 @@ def check_gradient(name: str) -> str:
     moved = []
     for sign in (1, -1):
         for p, g in zip(parameters, grads):
-            p.data += sign * 2e-3 * g / norm
+            p.data += sign * 5e-4 * g / norm
         moved.append((draw(policy, sampler).velocities[:, 0].double() * weights).sum())
         for p, g in zip(parameters, grads):
-            p.data -= sign * 2e-3 * g / norm
-    slope = (moved[0] - moved[1]) / 4e-3
+            p.data -= sign * 5e-4 * g / norm
+    slope = (moved[0] - moved[1]) / 1e-3  # a small step: Sana's attention has kinks (ReLU)
     error = abs(slope / norm - 1).item()
     assert error < 2e-2, f"{name}: slope {slope:.4g}, gradient {norm:.4g}"
     return f"{error:.0e}"
