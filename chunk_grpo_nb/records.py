@@ -81,7 +81,7 @@ def _write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {e}; what was there before is untouched") from e
 
-# %% ../nbs/21_records.ipynb #9ca0dc5c
+# %% ../nbs/21_records.ipynb #cc740cbd
 class RunFolder:
     "One run on disk. `create` starts one, `open` reads one."
 
@@ -107,10 +107,14 @@ class RunFolder:
         return run
 
     @property
-    def config(self) -> Config: return load_config(self.path / "config.yaml")
+    def config(self) -> Config:
+        "The settings the run was started with."
+        return load_config(self.path / "config.yaml")
 
     @property
-    def manifest(self) -> dict: return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+    def manifest(self) -> dict:
+        "What else its results depend on, as written at the start."
+        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
 
 # %% ../nbs/21_records.ipynb #f2a995dc
 def log_row(run: RunFolder, row: dict, name: str = "metrics") -> None:

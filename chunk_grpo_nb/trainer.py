@@ -131,7 +131,7 @@ def _moving_average(config: Config, parameters: list):
     from diffusers.training_utils import EMAModel
     return EMAModel(parameters, decay=config.ema_decay, min_decay=config.ema_decay)  # without min_decay the rate ramps up from 0
 
-# %% ../nbs/25_trainer.ipynb #bd608379
+# %% ../nbs/25_trainer.ipynb #60a47286
 class Trainer:
     """The state of one run. `resume=True` continues the run in `out_dir` from its newest checkpoint, a path from that checkpoint.
     Use it through `train`, or iterate yourself."""
@@ -162,7 +162,9 @@ class Trainer:
         if c.track: self.accelerator.init_trackers("run")
 
     @property
-    def main(self) -> bool: return self.accelerator.is_main_process
+    def main(self) -> bool:
+        "Whether this process writes the records."
+        return self.accelerator.is_main_process
 
 
 def _start(trainer: Trainer, out_dir) -> RunFolder:
