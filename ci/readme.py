@@ -1,4 +1,4 @@
-"""Write the parts of README.md that come from records: results of the main experiment, the support table, the section on FLUX.
+"""Write the parts of README.md that come from records: results of the main experiment, and the support table.
 
     python ci/readme.py          rewrite README.md
     python ci/readme.py --check  exit 1 if it is out of date
@@ -43,7 +43,7 @@ def text_of(name: str) -> str:
 def rendered() -> str:
     """README.md with every generated part made anew."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    parts = {"results": main_results(), "flux": text_of("flux.md"), "support": text_of("support.md")}
+    parts = {"results": main_results(), "support": text_of("support.md")}
     for name, content in parts.items():
         start = text.index("-->", text.index(f"<!-- {name}")) + 3
         end = text.index(f"<!-- end of {name} -->")
