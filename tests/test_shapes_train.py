@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +188,23 @@ def test_the_shipped_scorers_prefer_the_right_picture():
     pairs = preference_pairs(120, seed=2, split="test")
     for name in ("clip", "pick"):
         assert (pair_margins(*load_scorer(name), pairs) > 0).float().mean() >= 0.7
+
+
+@pytest.mark.slow
+def test_the_training_notebooks_run_small(tmp_path):
+    import papermill
+
+    notebooks = Path(__file__).parent.parent / "nbs" / "experiments"
+    small = {
+        "world_1_vae": {"scenes": 200, "steps": 10},
+        "world_2_transformer": {"scenes": 200, "steps": 6, "unit": 3, "last_step": 6, "evaluate_every": 3, "evaluate_per_kind": 1},
+        "world_3_clip": {"scenes": 300, "steps": 4, "test_per_kind": 4},
+        "world_4_preference": {"pairs": 200, "steps": 4, "test_pairs": 60},
+        "world_5_report": {"per_kind": 2, "images": 1, "verifier_per_kind": 10, "groups_per_kind": 1},
+    }
+    for name, parameters in small.items():
+        papermill.execute_notebook(
+            notebooks / f"{name}.ipynb", tmp_path / f"{name}.ipynb", {**parameters, "threads": 1, "out_dir": str(tmp_path / "world")},
+            kernel_name="python3", progress_bar=False,
+        )
+    assert {p.name for p in (tmp_path / "world").glob("*.json")} == {"vae.json", "flow.json", "clip.json", "pick.json", "report.json"}
