@@ -83,7 +83,7 @@ def without_data():
     with FakeTensorMode(), mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention):
         yield
 
-# %% ../nbs/34_memory.ipynb #ce2403e0
+# %% ../nbs/34_memory.ipynb #2a16d6e1
 @dataclass(frozen=True)
 class PipelineShape:
     "What decides the memory of a pipeline."
@@ -94,6 +94,7 @@ class PipelineShape:
     text_parameters: float             # of all text encoders
     vae: tuple[str, dict] | None       # None: decoding is not traced
     compression: int = 8               # pixels per latent pixel
+    size: int = 1024                   # pixels of a side, where the settings name none
     branches: int = 1                  # transformer rows per image: 2 with classifier-free guidance
 
 # %% ../nbs/34_memory.ipynb #3e1baff7
@@ -133,7 +134,7 @@ SHAPES: dict[str, PipelineShape] = {  # hub id -> shape
         "SanaPipeline", ("SanaTransformer2DModel", {}), ("num_layers",), 300, 2.61e9, None, compression=32, branches=2),
 }
 
-# %% ../nbs/34_memory.ipynb #6ad5d40b
+# %% ../nbs/34_memory.ipynb #f04d9ae8
 def _count_parameters(folder: Path) -> int:
     "Parameters of a model folder, from the headers of its safetensors files."
     from safetensors import safe_open
@@ -158,8 +159,8 @@ def _shape_of_folder(folder: Path) -> PipelineShape:
     text, vae = sum(_count_parameters(f) for f in folder.glob("text_encoder*")), _config_of(folder / "vae")
     scale = 2 ** (len(vae[1].get("block_out_channels", [0] * 4)) - 1)
     world = folder / "world.json"
-    tokens = json.loads(world.read_text()).get("max_sequence_length", alike.text_tokens) if world.exists() else alike.text_tokens
-    return replace(alike, transformer=transformer, depth=depth, text_tokens=tokens, text_parameters=text, vae=vae, compression=scale)
+    facts = json.loads(world.read_text()) if world.exists() else {}
+    return replace(alike, transformer=transformer, depth=depth, text_tokens=facts.get("max_sequence_length") or alike.text_tokens, size=facts.get("height") or alike.size, text_parameters=text, vae=vae, compression=scale)
 
 # %% ../nbs/34_memory.ipynb #089a381e
 def pipeline_shape(
@@ -249,7 +250,7 @@ def transformer_parameters(
     total = sum(p.numel() for p in model.parameters())
     return total - trained * bool(lora_rank), trained, max(sum(p.numel() for p in b.parameters()) for b in blocks)
 
-# %% ../nbs/34_memory.ipynb #26679c8c
+# %% ../nbs/34_memory.ipynb #9baf5257
 def _autocast(config: Config):
     return torch.autocast("cpu", torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
 
@@ -266,7 +267,7 @@ def run_transformer(
     model = build_transformer(shape, dtype, config.lora_rank, **depth).eval()
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    height, width = config.height or 1024, config.width or 1024
+    height, width = config.height or shape.size, config.width or shape.size
     call = _CALLS[shape.transformer[0]](model.config, rows * shape.branches, (height // shape.compression, width // shape.compression), shape.text_tokens, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained if backward else []:
@@ -326,7 +327,7 @@ def measured_peak(function: Callable[[], None]) -> int:
         peak = max(peak, now)
     return peak
 
-# %% ../nbs/34_memory.ipynb #08d6ad66
+# %% ../nbs/34_memory.ipynb #6164caf1
 def decode_bytes(
     shape: PipelineShape,
     config: Config,
@@ -337,7 +338,7 @@ def decode_bytes(
         return None
     import diffusers
     name, values = shape.vae
-    height, width = (config.height or 1024) // shape.compression, (config.width or 1024) // shape.compression
+    height, width = (config.height or shape.size) // shape.compression, (config.width or shape.size) // shape.compression
     with without_data(), torch.no_grad():
         with _default_dtype(getattr(torch, config.dtype)):
             vae = getattr(diffusers, name)(**values).eval()
@@ -401,7 +402,7 @@ def _reward_bytes(config: Config) -> tuple[float, list[str]]:
     known = {name: WEIGHTS[name].gigabytes * 1e9 for name in config.rewards if name in WEIGHTS}
     return sum(known.values()), [f"reward {name!r} is not counted" for name in config.rewards if name not in known]
 
-# %% ../nbs/34_memory.ipynb #324fd5f8
+# %% ../nbs/34_memory.ipynb #635531d3
 def _states(config: Config, trained: int, size: int) -> dict[str, float]:
     "Gradients, optimiser states and moving average of `trained` parameters of `size` bytes."
     each = {"adamw": 2 * size, "adamw8bit": 2 * (1 + 4 / 256), "sgd": 0}[config.optimizer]
@@ -413,7 +414,7 @@ def _resident(shape: PipelineShape, config: Config, share: int, bits: int | None
     size = getattr(torch, config.dtype).itemsize
     weights, trained, block = transformer_parameters(shape, config.lora_rank)
     trained_size = 4 if config.lora_rank else size
-    latent = (config.height or 1024) // shape.compression * ((config.width or 1024) // shape.compression)
+    latent = (config.height or shape.size) // shape.compression * ((config.width or shape.size) // shape.compression)
     channels = build_config(shape)["in_channels"] // (4 if shape.transformer[0] not in ("SD3Transformer2DModel", "SanaTransformer2DModel") else 1)
     gathered = (2 * block * size + (0 if config.lora_rank else block * size)) * (share > 1)
     return {

@@ -105,7 +105,7 @@ def test_states_and_shards_by_hand():
     whole, shard = plan_memory(config), plan_memory(config, processes=8, sharded=True)
     n = 11_901_408_320
     assert whole.resident["transformer"] == whole.resident["gradients"] == whole.resident["moving average"] == 4 * n
-    assert whole.resident["optimiser states"] == 8 * n and whole.resident["reward models"] == 16.6e9 and not whole.fits
+    assert whole.resident["optimiser states"] == 8 * n and whole.resident["reward models"] == pytest.approx(16.6e9) and not whole.fits
     for part in ("transformer", "gradients", "optimiser states", "moving average"):
         assert shard.resident[part] == whole.resident[part] / 8
     assert shard.resident["trajectories"] == 2 * 35 * 8 * 8 * 16 * 4
@@ -115,7 +115,7 @@ def test_states_and_shards_by_hand():
 def test_a_pipeline_folder_is_read_not_loaded():
     shape = pipeline_shape("shapes")
     plan = plan_memory(Config(), "1GB")
-    assert shape.pipeline == "FluxPipeline" and 0 < shape.text_parameters < 1e8
+    assert shape.pipeline == "FluxPipeline" and shape.size == 32 and 0 < shape.text_parameters < 1e8
     assert plan.fits and any("shapes_dense" in n for n in plan.notes)
 
 
