@@ -114,7 +114,7 @@ def test_states_and_shards_by_hand():
 
 def test_a_pipeline_folder_is_read_not_loaded():
     shape = pipeline_shape("shapes")
-    plan = plan_memory(Config(), "1GB")
+    plan = plan_memory(Config(), "4GB")  # 768 rows at once: 1.6 GB
     assert shape.pipeline == "FluxPipeline" and shape.size == 32 and 0 < shape.text_parameters < 1e8
     assert plan.fits and any("shapes_dense" in n for n in plan.notes)
 
