@@ -400,15 +400,21 @@ def _add_lora(transformer, rank: int, alpha: float | None, targets: Sequence[str
         if p.requires_grad:
             p.data = p.data.float()
 
-# %% ../nbs/12_policy.ipynb #08621b78
+# %% ../nbs/12_policy.ipynb #c44a38bb
 def _gradient_norm(policy: Policy, recording: Recording) -> float:
-    "Norm of the gradient of one replayed velocity with respect to the trained weights; no `.grad` is touched."
+    "Norm of the gradient of one replayed velocity with respect to the trained weights, sharded or whole; `.grad` is left as it was."
+    kept = [(p, p.grad) for p in policy.trainable_parameters()]
+    for p, _ in kept:
+        p.grad = None
     with torch.enable_grad():
         velocity = policy.velocity(recording, torch.tensor([0]), torch.tensor([0]))
-        if not velocity.requires_grad:
-            return 0.0
-        grads = torch.autograd.grad(velocity.square().sum(), policy.trainable_parameters(), allow_unused=True)
-    return torch.stack([g.float().norm() for g in grads if g is not None]).norm().item()
+        if velocity.requires_grad:
+            velocity.square().sum().backward()
+    found = [p.grad for p, _ in kept if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(found) if found else torch.tensor(0.0)
+    for p, grad in kept:
+        p.grad = grad
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 # %% ../nbs/12_policy.ipynb #d080f732
 def check_replay(

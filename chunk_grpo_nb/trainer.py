@@ -131,7 +131,7 @@ def _moving_average(config: Config, parameters: list):
     from diffusers.training_utils import EMAModel
     return EMAModel(parameters, decay=config.ema_decay, min_decay=config.ema_decay)  # without min_decay the rate ramps up from 0
 
-# %% ../nbs/25_trainer.ipynb #60a47286
+# %% ../nbs/25_trainer.ipynb #4302de11
 class Trainer:
     """The state of one run. `resume=True` continues the run in `out_dir` from its newest checkpoint, a path from that checkpoint.
     Use it through `train`, or iterate yourself."""
@@ -156,7 +156,7 @@ class Trainer:
             self.policy.pipe.transformer = self.policy.module
         self.parameters = list(self.policy.trainable_parameters())
         self.schedule, self.ema = _schedule(c, self.optimizer), _moving_average(c, self.parameters)
-        if self.sharded and self.ema: raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it to 0")
+        _check_sharding(self)
         self.done, self.evaluations, self.replay = 0, {"sampled": 0, "ratio": 0, "trained": 0}, None
         self.run = _resume(self, out_dir, resume) if resume else _start(self, out_dir)
         if c.track: self.accelerator.init_trackers("run")
@@ -165,6 +165,13 @@ class Trainer:
     def main(self) -> bool:
         "Whether this process writes the records."
         return self.accelerator.is_main_process
+
+# %% ../nbs/25_trainer.ipynb #d119e380
+def _check_sharding(t: Trainer) -> None:
+    "Refuse what sharded weights do not support."
+    if t.accelerator.distributed_type.value == "DEEPSPEED": raise ValueError("DeepSpeed steps and clips inside its own engine, which this trainer does not drive; use FSDP2 (data/launch/fsdp2.yaml)")
+    if t.sharded and t.ema: raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it to 0")
+    if t.sharded and t.config.kl_weight: raise ValueError("config: kl_weight > 0 is not supported for sharded weights; train on one card, or set it to 0")
 
 
 def _start(trainer: Trainer, out_dir) -> RunFolder:
@@ -332,7 +339,7 @@ def _resume(t: Trainer, out_dir, which: bool | str | Path) -> RunFolder:
     if t.main: drop_rows_after(run, t.done - 1, ("metrics", "timings", "dynamics", "replay")); drop_rows_after(run, t.done, ("validation",))
     return run
 
-# %% ../nbs/25_trainer.ipynb #37c2c9ed
+# %% ../nbs/25_trainer.ipynb #c96c8d4b
 def train(config: Config, out_dir: str | Path, resume: bool | str | Path = False, callback: Callable | None = None) -> RunFolder:
     """Train, and leave everything in `out_dir`. `callback(run, iteration)` is called after every iteration, for live curves.
     With `resume=True` a run that was cut off continues from its newest checkpoint (a path: from that one), to the same bits on CPU."""
@@ -360,10 +367,21 @@ def _progress(t: Trainer, bar, iteration: int, seconds: dict) -> None:
     bar.update()
 
 
+def _gathered_policy(t: Trainer) -> Policy | None:
+    "The whole policy on the CPU of the main process, from sharded weights."
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    c, weights = t.config, get_model_state_dict(t.policy.transformer, options=_state_options())
+    if not t.main: return None
+    whole = load_policy(c.model, dtype=c.dtype, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha)
+    whole.transformer.load_state_dict(weights, strict=False)
+    return whole
+
+
 def _finish(t: Trainer) -> None:
     "Write the tables as Parquet and the policy in diffusers' format (the moving average, if there is one)."
     if t.ema: t.ema.store(t.parameters); t.ema.copy_to(t.parameters)
-    t.policy.save(t.run.path / "policy") if t.main and not t.sharded else None
+    policy = _gathered_policy(t) if t.sharded else t.policy
+    if t.main: policy.save(t.run.path / "policy")
     if t.ema: t.ema.restore(t.parameters)
     if t.main:
         for name in ("metrics", "validation", "dynamics"):
