@@ -25,14 +25,13 @@ from .records import RunFolder, read_rows
 __all__ = ['plot_dynamics', 'metrics_table', 'smooth', 'plot_training', 'paired_by_seed', 'plot_arms', 'change_by_kind',
            'plot_change', 'plot_steps', 'plot_images', 'plot_method', 'run_figures', 'report_page', 'live_curve']
 
-# %% ../nbs/31_plots.ipynb #317bfa3f
+# %% ../nbs/31_plots.ipynb #10f136cf
 _PALETTE = "colorblind"
 
 
 def _axes(width: float = 8, height: float = 3, rows: int = 1, columns: int = 1, **options):
     "A figure and its axes in the style of this project."
-    style = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", font_scale=0.85)}
-    with plt.rc_context(style):
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.85):  # restore their own settings only; rc_context would undo a notebook's backend
         figure, axes = plt.subplots(rows, columns, figsize=(width, height), dpi=85, layout="constrained", **options)
     plt.close(figure)  # out of pyplot's list: shown where it is returned, and only there
     return figure, axes
