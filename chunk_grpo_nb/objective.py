@@ -99,12 +99,13 @@ def step_coefficients(
     "c with `d loss / d theta = sum of c * d log_prob / d theta`: back-propagate `(c * log_probs).sum()` one step at a time."
     low, high = _clip_bounds(clip_range)
     with torch.no_grad():
-        ratio = chunk_ratio(log_probs, old_log_probs, chunk_ids)
+        num_chunks = None if mask is None else mask.shape[-1]  # rows of a larger batch may lack its last chunks
+        ratio = chunk_ratio(log_probs, old_log_probs, chunk_ids, num_chunks)
         advantages = _per_chunk(advantages, ratio.shape, "advantages").to(ratio.dtype)
         mask = chunk_mask(chunk_ids) if mask is None else mask
         shares = _chunk_shares(ratio.shape, mask, weights, num_samples, ratio)
         clipped = (ratio > high) & (advantages > 0) | (ratio < low) & (advantages < 0)
-        lengths = chunk_lengths(chunk_ids).clamp(min=1).to(ratio.device)
+        lengths = chunk_lengths(chunk_ids, num_chunks).clamp(min=1).to(ratio.device)
         per_step = torch.where(clipped | (shares == 0), 0, -shares * ratio * advantages / lengths)
         return chunk_to_steps(per_step, chunk_ids)
 
@@ -115,8 +116,9 @@ def implied_step_weights(
 ) -> Tensor: # shape of chunk_ids, or (b, steps) with a mask; mean 1 over the selected steps, 0 elsewhere
     "The weights with which step-level GRPO has, at ratio 1, the gradient of this chunking: proportional to 1 / (chunks * steps in the chunk)."
     ids = chunk_ids.reshape(-1, chunk_ids.shape[-1])
-    per_chunk = 1 / chunk_lengths(ids).clamp(min=1).to(torch.get_default_dtype())
-    selected = chunk_mask(ids) if mask is None else mask.to(ids.device) & chunk_mask(ids)
+    num_chunks = None if mask is None else mask.shape[-1]
+    per_chunk = 1 / chunk_lengths(ids, num_chunks).clamp(min=1).to(torch.get_default_dtype())
+    selected = chunk_mask(ids, num_chunks) if mask is None else mask.to(ids.device) & chunk_mask(ids, num_chunks)
     weights = chunk_to_steps(torch.where(selected, per_chunk, 0), ids)
     steps = chunk_to_steps(selected, ids).sum(1, keepdim=True)
     weights = weights * steps / selected.sum(1, keepdim=True)
@@ -173,7 +175,7 @@ def diagnose(
     "Diagnostics of one update."
     low, high = _clip_bounds(clip_range)
     with torch.no_grad():
-        ratio = chunk_ratio(log_probs, old_log_probs, chunk_ids)
+        ratio = chunk_ratio(log_probs, old_log_probs, chunk_ids, None if mask is None else mask.shape[-1])
         advantages = _per_chunk(advantages, ratio.shape, "advantages")
         mask = _per_chunk(chunk_mask(chunk_ids) if mask is None else mask, ratio.shape, "mask").to(ratio.device)
         counts = mask.sum(0)

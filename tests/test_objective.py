@@ -193,6 +193,18 @@ def test_streamed_coefficients_are_the_gradient(seed, per_chunk, masked, weighte
     assert not streamed.requires_grad
 
 
+def test_rows_of_a_batch_that_lack_its_last_chunk():
+    """A micro-batch of differently chunked trajectories has the width of the whole batch, not of its own rows."""
+    log_probs, old, advantages, mask = draw(4, 5, scale=0.01), draw(4, 5, seed=1, scale=0.01), draw(4, seed=2)[:, None].expand(4, 5), chunk_mask(RAGGED)
+    whole = step_coefficients(log_probs, old, RAGGED, advantages, 0.2, mask, num_samples=4)
+    weights = implied_step_weights(RAGGED, mask)
+    for rows in ([0], [1, 2], [3, 0], [2]):
+        torch.testing.assert_close(step_coefficients(log_probs[rows], old[rows], RAGGED[rows], advantages[rows], 0.2, mask[rows], num_samples=4), whole[rows], rtol=0, atol=0)
+        torch.testing.assert_close(implied_step_weights(RAGGED[rows], mask[rows]), weights[rows], rtol=0, atol=0)
+    d = diagnose(log_probs[:2], old[:2], RAGGED[:2], advantages[:2], 0.2, mask[:2])
+    assert d.ratio_mean.shape == (5,) and d.ratio_mean[:3].isfinite().all() and d.ratio_mean[3:].isnan().all()
+
+
 def test_streaming_meets_clipped_chunks_on_every_side():
     ids, old = chunk_ids_from_sizes([2, 3]), torch.zeros(4, 5).double()
     log_probs = torch.tensor([0.3, -0.3, 0.3, -0.3]).double()[:, None].expand(4, 5)
