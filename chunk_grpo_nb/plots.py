@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 from .config import Config
 from .evaluation import bootstrap_interval
 from .records import RunFolder, read_rows
+from .results import paired_by_seed
 
 # %% auto #0
-__all__ = ['plot_dynamics', 'metrics_table', 'smooth', 'plot_training', 'paired_by_seed', 'plot_arms', 'change_by_kind',
-           'plot_change', 'plot_steps', 'plot_images', 'plot_method', 'run_figures', 'report_page', 'live_curve']
+__all__ = ['plot_dynamics', 'metrics_table', 'smooth', 'plot_training', 'plot_arms', 'change_by_kind', 'plot_change',
+           'plot_kinds', 'plot_steps', 'plot_images', 'plot_method', 'run_figures', 'report_page', 'live_curve']
 
 # %% ../nbs/31_plots.ipynb #10f136cf
 _PALETTE = "colorblind"
@@ -104,6 +105,19 @@ def smooth(
     return table.assign(**{y: rolled})
 
 # %% ../nbs/31_plots.ipynb #0b588084
+def _curve(ax, part: pd.DataFrame, x: str, y: str, seed: str, colour, name: str) -> None:
+    "One arm: thin lines for single seeds, a thick one for their mean at the `x` they share, a band for its interval from three seeds on."
+    wide = part.pivot_table(index=x, columns=seed, values=y)
+    for column in wide.columns if wide.shape[1] > 1 else []:
+        line = wide[column].dropna()
+        ax.plot(line.index, line, color=colour, linewidth=0.7, alpha=0.5)
+    shared = wide.dropna()
+    ax.plot(shared.index, shared.mean(axis=1), color=colour, linewidth=2.2, label=f"{name} ({wide.shape[1]} seed{'s' * (wide.shape[1] > 1)})")
+    if wide.shape[1] >= 3 and len(shared):
+        bands = [bootstrap_interval(row, resamples=500) for row in shared.to_numpy()]
+        ax.fill_between(shared.index, [b.low for b in bands], [b.high for b in bands], color=colour, alpha=0.2, linewidth=0)
+
+
 def plot_training(
     table: pd.DataFrame,               # tidy: one row per run and point
     y: str,
@@ -111,47 +125,33 @@ def plot_training(
     arm: str = "arm",
     seed: str = "seed",
     labels: tuple[str, str] | None = None,  # of the axes; default from the names
+    baseline: str | None = None,       # an arm: each of the others then gets a panel of its own, with this one in grey behind it
 ) -> Figure:
     """Thin lines: single seeds. Thick line: their mean at the `x` values they share. Band: 95 % bootstrap interval over seeds, from three seeds on."""
     for column in (x, y, arm, seed):
         if column not in table:
             raise KeyError(f"plot_training: no column {column!r}; there are {list(table.columns)}")
-    figure, ax = _axes()
-    for colour, (name, part) in zip(sns.color_palette(_PALETTE, table[arm].nunique()), table.groupby(arm, sort=False)):
-        wide = part.pivot_table(index=x, columns=seed, values=y)
-        for column in wide.columns if wide.shape[1] > 1 else []:
-            line = wide[column].dropna()
-            ax.plot(line.index, line, color=colour, linewidth=0.7, alpha=0.5)
-        shared = wide.dropna()
-        ax.plot(shared.index, shared.mean(axis=1), color=colour, linewidth=2.2, label=f"{name} ({wide.shape[1]} seed{'s' * (wide.shape[1] > 1)})")
-        if wide.shape[1] >= 3 and len(shared):
-            bands = [bootstrap_interval(row, resamples=500) for row in shared.to_numpy()]
-            ax.fill_between(shared.index, [b.low for b in bands], [b.high for b in bands], color=colour, alpha=0.2, linewidth=0)
     names = {"step": "update", "evaluations": "network evaluations", "iteration": "iteration"}
-    ax.set(xlabel=labels[0] if labels else names.get(x, x), ylabel=labels[1] if labels else y.replace("_", " "))
-    _legend(ax)
+    labels = labels or (names.get(x, x), y.replace("_", " "))
+    parts = {name: part for name, part in table.groupby(arm, sort=False) if name != baseline}
+    colours = sns.color_palette(_PALETTE, len(parts))
+    if baseline is None:
+        figure, ax = _axes()
+        for colour, (name, part) in zip(colours, parts.items()): _curve(ax, part, x, y, seed, colour, name)
+        ax.set(xlabel=labels[0], ylabel=labels[1])
+        _legend(ax)
+        return figure
+    columns = min(3, len(parts))
+    rows = -(-len(parts) // columns)
+    figure, axes = _axes(3.1 * columns, 0.5 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(parts):]: ax.set_visible(False)
+    for ax, colour, (name, part) in zip(axes.flat, colours, parts.items()):
+        _curve(ax, table[table[arm] == baseline], x, y, seed, "0.5", baseline)
+        _curve(ax, part, x, y, seed, colour, name)
+        ax.set_title(f"{name}, {part[seed].nunique()} seeds", fontsize="small", color=colour)
+    figure.supxlabel(labels[0], fontsize="small")
+    figure.supylabel(f"{labels[1]}\n(grey: {baseline})", fontsize="small")
     return figure
-
-# %% ../nbs/31_plots.ipynb #41e12f43
-def paired_by_seed(
-    table: pd.DataFrame,   # one row per (arm, seed)
-    y: str,
-    baseline: str,         # the arm the others are compared with
-    arm: str = "arm",
-    seed: str = "seed",
-) -> pd.DataFrame:
-    """Per arm, the mean over seeds of (arm − baseline) of `y` with its 95 % interval (Student's t over pairs, as seeds are few), and a verdict."""
-    from scipy import stats
-    wide = table.pivot(index=seed, columns=arm, values=y)
-    if baseline not in wide:
-        raise KeyError(f"paired_by_seed: no arm {baseline!r}; there are {list(wide.columns)}")
-    rows = []
-    for name in [a for a in table[arm].unique() if a != baseline]:
-        d = (wide[name] - wide[baseline]).dropna()
-        half = stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else np.inf
-        verdict = "better" if d.mean() - half > 0 else "worse" if d.mean() + half < 0 else "not resolved"
-        rows.append({arm: name, "difference": d.mean(), "low": d.mean() - half, "high": d.mean() + half, "pairs": len(d), "verdict": verdict})
-    return pd.DataFrame(rows)
 
 # %% ../nbs/31_plots.ipynb #4ecba3ac
 def plot_arms(
@@ -161,9 +161,11 @@ def plot_arms(
     arm: str = "arm",
     seed: str = "seed",
     label: str | None = None,  # of the values
+    reference: float | None = None,  # a dotted line on the left, such as the value before training
+    **options,             # of `results.paired_by_seed`: pooled, comparisons
 ) -> Figure:
     """Left: every seed in every arm, joined by seed. Right: paired difference to `baseline` with its 95 % interval, filled where it excludes 0."""
-    differences = paired_by_seed(table, y, baseline, arm, seed)
+    differences = paired_by_seed(table, y, baseline, arm, seed, **options)
     order, label = list(table[arm].unique()), label or y.replace("_", " ")
     figure, (left, right) = _axes(8.5, 1.2 + 0.36 * len(order), columns=2, sharey=True)
     place = {name: i for i, name in enumerate(order)}
@@ -175,6 +177,8 @@ def plot_arms(
         if np.isfinite(row.low):
             right.plot([row.low, row.high], [at, at], color="0.2", linewidth=1.5)
         right.plot(row.difference, at, "o", color="0.2", markerfacecolor="0.2" if resolved else "white")
+    if reference is not None:
+        left.axvline(reference, color="0.4", linewidth=1, linestyle=":")
     right.axvline(0, color="0.5", linewidth=1, linestyle="--")
     left.set(yticks=range(len(order)), yticklabels=order, xlabel=label, ylabel="", ylim=(len(order) - 0.5, -0.5))
     right.set_xlabel(f"difference to {baseline}\n95 % interval over {int(differences.pairs.min()) if len(differences) else 0} pairs")
@@ -224,6 +228,25 @@ def plot_change(
     left.set(yticks=y, yticklabels=names, xlabel=label, ylabel="kind (prompts)", ylim=(len(changes) - 0.5, -0.5))
     right.set_xlabel("change, 95 % interval over prompts")
     right.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="x-small")
+    return figure
+
+# %% ../nbs/31_plots.ipynb #a7c1e002
+def plot_kinds(
+    changes: pd.DataFrame,  # rows: arm, kind, change, low, high
+    label: str,             # what a colour means
+) -> Figure:
+    """A heat map of arms against kinds, each change written into its place; bold where the interval excludes 0."""
+    arms, kinds = list(changes["arm"].unique()), list(changes["kind"].unique())
+    wide = changes.pivot(index="arm", columns="kind", values="change").loc[arms, kinds]
+    largest = float(np.abs(wide.to_numpy()).max()) or 1.0
+    figure, ax = _axes(3.2 + 0.85 * len(kinds), 0.9 + 0.34 * len(arms))
+    sns.heatmap(wide, cmap="vlag", center=0, vmin=-largest, vmax=largest, ax=ax, linewidths=1, cbar_kws={"label": label})
+    for row in changes.itertuples():
+        resolved, strong = row.low > 0 or row.high < 0, abs(row.change) > 0.6 * largest
+        ax.text(kinds.index(row.kind) + 0.5, arms.index(row.arm) + 0.5, f"{row.change:+.3f}", ha="center", va="center", fontsize="small",
+                fontweight="bold" if resolved else "normal", color="white" if strong else "0.15" if resolved else "0.4")
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(axis="both", labelrotation=0, length=0)
     return figure
 
 # %% ../nbs/31_plots.ipynb #a8a8282d

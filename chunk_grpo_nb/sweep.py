@@ -107,15 +107,18 @@ def run_notebook(
 ) -> Path:
     """Check the parameters, then execute the notebook in its own folder. Returns the path of the executed copy.
 
+    Given parameters whose names end in `_dir` are paths seen from where *you* are, not from the notebook's folder.
     A failing cell raises papermill's error; the copy then shows it in place.
     """
     import papermill
     notebook, output = Path(notebook).resolve(), Path(output).resolve()
     check_parameters(notebook, parameters or {})
+    parameters = {k: str(Path(v).resolve()) if k.endswith("_dir") else v for k, v in (parameters or {}).items()}
     if output.exists():
         raise FileExistsError(f"{output} exists; choose another output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name=kernel, cwd=str(notebook.parent), progress_bar=progress)
+    quiet = {"extra_arguments": ["--log-level=ERROR"]} if kernel == "python3" else {}  # no warning about TCP for each kernel
+    papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name=kernel, cwd=str(notebook.parent), progress_bar=progress, **quiet)
     return output
 
 # %% ../nbs/30_sweep.ipynb #c5fe743c

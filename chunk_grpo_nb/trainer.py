@@ -5,6 +5,7 @@
 # %% ../nbs/25_trainer.ipynb #82cce222
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -106,7 +107,10 @@ def accumulate_gradient(
             kl = (_kl(policy, recording, rows, steps, mean, std) / (trained.sum(1)[local].to(mean) * num_samples)).sum()
             loss, kl_sum = loss + kl_weight * kl, kl_sum + float(kl.detach())
         backward(scale * loss)
-    for recording, rows, steps, _ in idle: backward(0 * policy.log_prob(recording, rows, steps)[0].sum())
+    for recording, rows, steps, _ in idle:
+        log_prob, mean, std = policy.log_prob(recording, rows, steps)
+        if kl_weight: _kl(policy, recording, rows, steps, mean, std)
+        backward(0 * log_prob.sum())
     return new, {"kl": kl_sum, "trained": rows_trained, "ratio": rows_trained * two_pass}
 
 # %% ../nbs/25_trainer.ipynb #d4385edb
@@ -141,6 +145,7 @@ class Trainer:
         c = self.config = config
         self.accelerator = Accelerator(cpu=c.device == "cpu", log_with=c.track, project_dir=str(out_dir))
         self.sharded = self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+        if self.accelerator.distributed_type.value == "DEEPSPEED": _load_whole_models()
         self.policy = load_policy(
             c.model, dtype=c.dtype, device=str(self.accelerator.device), lora_rank=c.lora_rank, lora_alpha=c.lora_alpha, keep_reference=c.kl_weight > 0,
             autocast="bfloat16" if c.mixed_precision == "bf16" else None, gradient_checkpointing=c.gradient_checkpointing, offload_text=c.offload_text,
@@ -151,9 +156,8 @@ class Trainer:
         self.score = scorer({name: make_reward(name) for name in c.rewards}, c.reward_failure)
         self.chunker = make_chunker(c.chunker)
         self.optimizer = _optimizer(c, list(self.policy.trainable_parameters()))
-        if self.sharded:
-            self.policy.module, self.optimizer = self.accelerator.prepare(self.policy.transformer, self.optimizer)
-            self.policy.pipe.transformer = self.policy.module
+        self.engine = None
+        if self.sharded: _shard(self)
         self.parameters = list(self.policy.trainable_parameters())
         self.schedule, self.ema = _schedule(c, self.optimizer), _moving_average(c, self.parameters)
         _check_sharding(self)
@@ -167,13 +171,6 @@ class Trainer:
         return self.accelerator.is_main_process
 
 # %% ../nbs/25_trainer.ipynb #d119e380
-def _check_sharding(t: Trainer) -> None:
-    "Refuse what sharded weights do not support."
-    if t.accelerator.distributed_type.value == "DEEPSPEED": raise ValueError("DeepSpeed steps and clips inside its own engine, which this trainer does not drive; use FSDP2 (data/launch/fsdp2.yaml)")
-    if t.sharded and t.ema: raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it to 0")
-    if t.sharded and t.config.kl_weight: raise ValueError("config: kl_weight > 0 is not supported for sharded weights; train on one card, or set it to 0")
-
-
 def _start(trainer: Trainer, out_dir) -> RunFolder:
     c, t = trainer.config, trainer
     hashed = {"model": t.policy.pipe.name_or_path, **{name: packaged_prompts(getattr(c, name)) or getattr(c, name) for name in ("train_prompts", "validation_prompts")}}
@@ -184,6 +181,76 @@ def _start(trainer: Trainer, out_dir) -> RunFolder:
         RunFolder.create(out_dir, c, run_manifest(c, str(t.accelerator.device), hashed) | facts)
     t.accelerator.wait_for_everyone()
     return RunFolder.open(out_dir)
+
+# %% ../nbs/25_trainer.ipynb #d119e382
+def _load_whole_models() -> None:
+    "Under ZeRO-3, transformers would hand out text encoders and reward models in parts, which only an engine could put together; they are frozen and have none."
+    from transformers.integrations import unset_hf_deepspeed_config
+    unset_hf_deepspeed_config()
+
+
+class _Engine:
+    "DeepSpeed reduces, clips and steps inside its own engine, which must be told which backward pass is the last of an update."
+
+    def __init__(self, t: Trainer):
+        self.trainer, self.engine, self.passes, self.left = t, t.accelerator.deepspeed_engine_wrapped.engine, 0, 0
+
+    def count(self, passes: int) -> int:
+        "Number of passes that all processes make in the coming update, from this one's."
+        self.passes = self.left = _most(self.trainer, passes)
+        self.engine.set_gradient_accumulation_boundary(self.left == 1)
+        return self.left
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        self.left -= 1
+        if self.left: self.engine.set_gradient_accumulation_boundary(self.left == 1)
+
+    def step(self) -> Tensor:
+        "Clip and step, unless there was no pass at all. Returns the norm of the gradient before it was clipped."
+        if not self.passes: return torch.tensor(0.0)
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm())
+
+    def save(self, folder: Path, done: int) -> str:
+        "Every process writes its part beside the checkpoint, which will name it."
+        name = f"deepspeed_{done:06d}"
+        self.engine.save_checkpoint(str(folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
+        return name
+
+    def prune(self, folder: Path) -> None:
+        "Remove parts that no checkpoint names any more."
+        named = {f"deepspeed_{p.stem.removeprefix('iteration_')}" for p in folder.glob("iteration_*.pt")}
+        for part in folder.glob("deepspeed_*"):
+            if part.name not in named: shutil.rmtree(part)
+
+    def load(self, folder: Path, name: str) -> None:
+        found, _ = self.engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+        if found is None: raise FileNotFoundError(f"{folder / name}: DeepSpeed's part of the checkpoint is missing; use another checkpoint")
+
+    def weights(self) -> dict[str, Tensor]:
+        "What is trained, whole; on the main process only where the weights themselves are sharded."
+        if self.engine.zero_optimization_partition_weights(): return self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        return {name: p.detach().cpu() for name, p in self.engine.module.named_parameters() if p.requires_grad}
+
+# %% ../nbs/25_trainer.ipynb #d119e383
+def _shard(t: Trainer) -> None:
+    "Hand the transformer and the optimiser to FSDP2 or to DeepSpeed."
+    deepspeed = t.accelerator.distributed_type.value == "DEEPSPEED"
+    if deepspeed:  # what the launch file leaves to us: accelerate needs a batch size where no data loader is prepared, and the engine clips
+        plugin = t.accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin |= {"gradient_clipping": t.config.max_grad_norm, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        plugin["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    prepared, t.optimizer = t.accelerator.prepare(t.policy.transformer, t.optimizer)
+    t.policy.module = prepared  # what is replayed
+    if deepspeed: t.engine = _Engine(t)  # the pipeline keeps the transformer itself, whose hooks gather its weights
+    else: t.policy.pipe.transformer = prepared
+
+
+def _check_sharding(t: Trainer) -> None:
+    "Refuse what sharded weights do not support."
+    if t.sharded and t.ema: raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it to 0")
+    if t.sharded and t.config.kl_weight and not t.config.lora_rank: raise ValueError("config: kl_weight > 0 with sharded weights needs a LoRA (lora_rank > 0), whose reference is the model without it; or train on one card, or set it to 0")
 
 # %% ../nbs/25_trainer.ipynb #f7476ac8
 def iterate(trainer: Trainer, iteration: int) -> dict[str, float]:
@@ -215,10 +282,10 @@ def optimise(trainer: Trainer, rollout: Rollout, credit: Credit, members: Sequen
     t.optimizer.zero_grad()
     new, facts = accumulate_gradient(
         t.policy, rollout, credit, [i - mine.start for i in members if i in mine], (c.clip_low, c.clip_high), on_policy=first, num_samples=len(members),
-        micro_batch=c.micro_batch, two_pass=t.sharded, num_passes=partial(_most, t) if t.sharded else None, kl_weight=c.kl_weight,
-        scale=t.accelerator.num_processes if t.sharded else 1.0, backward=t.accelerator.backward)
+        micro_batch=c.micro_batch, two_pass=t.sharded, num_passes=t.engine.count if t.engine else partial(_most, t) if t.sharded else None, kl_weight=c.kl_weight,
+        scale=t.accelerator.num_processes if t.sharded else 1.0, backward=t.engine.backward if t.engine else t.accelerator.backward)
     _sum_gradients(t)
-    norm = t.accelerator.clip_grad_norm_(t.parameters, c.max_grad_norm)
+    norm = t.engine.step() if t.engine else t.accelerator.clip_grad_norm_(t.parameters, c.max_grad_norm)
     if not torch.isfinite(norm): raise FloatingPointError(f"gradient norm is {float(norm)}; lower learning_rate or noise_level, or use float32")
     facts |= {"grad_norm": float(norm), "learning_rate": t.schedule.get_last_lr()[0]}
     t.optimizer.step(); t.schedule.step()
@@ -245,7 +312,7 @@ def _sum_gradients(t: Trainer) -> None:
 def _check(t: Trainer, rollout: Rollout) -> dict:
     "Replay the first recording: velocity as recorded, |Δ log_prob| at most a tenth of the clip range, or the run stops (trap 1). Below float32 it warns."
     limit, exact = min(t.config.clip_low, t.config.clip_high) / 10, t.config.dtype in ("float32", "float64") and t.config.mixed_precision == "no"
-    facts = check_replay(t.policy, rollout.recordings[0], tolerance=limit if exact else None)
+    facts = check_replay(t.policy, rollout.recordings[0], tolerance=limit if exact else None, gradients=not t.engine)
     if facts["log_prob_error"] > limit: warnings.warn(f"replayed log-probs are off by {facts['log_prob_error']:.2g}, the clip range is {10 * limit:.2g}: ratios are noisy at this precision", stacklevel=3)
     if t.main: log_row(t.run, {"iteration": rollout.iteration, **facts}, "replay")
     return facts
@@ -309,16 +376,21 @@ def _state_options(**more):
 
 def _save(t: Trainer) -> None:
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    model, optimizer = get_state_dict(t.policy.transformer, t.optimizer, options=_state_options())
+    if t.engine: model, optimizer = t.engine.save(t.run.path / "checkpoints", t.done), None
+    else: model, optimizer = get_state_dict(t.policy.transformer, t.optimizer, options=_state_options())
     state = {"done": t.done, "model": model, "optimizer": optimizer, "schedule": t.schedule.state_dict(), "evaluations": t.evaluations,
              "ema": t.ema.state_dict() if t.ema else None, "chunker": t.chunker.state_dict() if hasattr(t.chunker, "state_dict") else None}
     if t.main: save_checkpoint(t.run, t.done, state, keep=t.config.keep_checkpoints)
+    if t.main and t.engine: t.engine.prune(t.run.path / "checkpoints")
     t.accelerator.wait_for_everyone()
 
 
-def _restore(t: Trainer, state: dict) -> None:
+def _restore(t: Trainer, path: Path) -> None:
     from torch.distributed.checkpoint.state_dict import set_state_dict
-    set_state_dict(t.policy.transformer, t.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_state_options(strict=False))
+    state = load_checkpoint(path)
+    if isinstance(state["model"], str) != bool(t.engine): raise ValueError(f"{path} was written {'without' if t.engine else 'with'} DeepSpeed; resume it the same way")
+    if t.engine: t.engine.load(path.parent, state["model"])
+    else: set_state_dict(t.policy.transformer, t.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_state_options(strict=False))
     t.schedule.load_state_dict(state["schedule"])
     t.done, t.evaluations = state["done"], state["evaluations"]
     if t.ema: t.ema.load_state_dict(state["ema"]); t.ema.to(device=t.accelerator.device)
@@ -334,7 +406,7 @@ def _resume(t: Trainer, out_dir, which: bool | str | Path) -> RunFolder:
     changed = [k for k in now if k not in _MAY_CHANGE and then[k] != now[k]]
     if changed: raise ValueError(f"{run.path}: cannot resume with other settings: " + ", ".join(f"{k} was {then[k]!r}, now {now[k]!r}" for k in changed))
     checkpoints = list_checkpoints(run) if which is True else [Path(which)]
-    if checkpoints: _restore(t, load_checkpoint(checkpoints[-1]))
+    if checkpoints: _restore(t, checkpoints[-1])
     t.accelerator.wait_for_everyone()
     if t.main: drop_rows_after(run, t.done - 1, ("metrics", "timings", "dynamics", "replay")); drop_rows_after(run, t.done, ("validation",))
     return run
@@ -370,7 +442,7 @@ def _progress(t: Trainer, bar, iteration: int, seconds: dict) -> None:
 def _gathered_policy(t: Trainer) -> Policy | None:
     "The whole policy on the CPU of the main process, from sharded weights."
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
-    c, weights = t.config, get_model_state_dict(t.policy.transformer, options=_state_options())
+    c, weights = t.config, t.engine.weights() if t.engine else get_model_state_dict(t.policy.transformer, options=_state_options())
     if not t.main: return None
     whole = load_policy(c.model, dtype=c.dtype, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha)
     whole.transformer.load_state_dict(weights, strict=False)

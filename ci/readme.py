@@ -1,4 +1,4 @@
-"""Write the parts of README.md that come from records: results of the main experiment, and the support table.
+"""Write the parts of README.md that come from records: results of the main experiment and of the ablation, and the support table.
 
     python ci/readme.py          rewrite README.md
     python ci/readme.py --check  exit 1 if it is out of date
@@ -47,6 +47,27 @@ def main_results() -> str:
         "The executed notebook is in [`data/results/main`](data/results/main)."])
 
 
+def ablation_results() -> str:
+    """Picture, table and verdicts of the committed ablation, from what its comparison notebook wrote."""
+    file = RESULTS / "ablation" / "verdicts.json"
+    if not file.exists(): return "No ablation is committed yet."
+    r, facts = json.loads(file.read_text()), json.loads((RESULTS / "ablation" / "facts.json").read_text())
+    rows = [("arm", "seeds", "network evaluations", f"`{r['reward']}` (trained)", f"`{r['gold']}` (gold)", f"`{r['strict']}` (gold, yes or no)")]
+    rows += [(g["arm"], str(g["seeds"]), f"{g['evaluations'] / 1000:.0f} k", *(interval(g[m]) for m in (r["reward"], r["gold"], r["strict"]))) for g in r["gains"]]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ("---",) * 6, *rows[1:]])
+    floor = next(n for n in r["noise_floor"]["rows"] if n["measure"] == r["reward"])
+    verdicts = [v for v in r["verdicts"] if v["measure"] == r["reward"]]
+    lines = [f"- {v['question'][0].upper() + v['question'][1:]} {v['arm']} − {v['against']}: {v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]: **{v['verdict']}**" for v in verdicts]
+    return "\n\n".join([
+        f"Does chunking help, and what about it? Arms paired by seed, {facts['cells']} runs of at most {facts['cell_seconds']['largest'] / 60:.0f} minutes on one core each. "
+        f"Two runs of `{r['noise_floor']['arm']}` that differ in their seed alone lie up to {floor['highest'] - floor['lowest']:.3f} apart ({floor['runs']} runs, standard deviation {floor['sd']:.4f}); "
+        f"so three seeds resolve differences from {floor['pooled, 3 seeds']:.3f} on, eight from {floor['unpaired, 8 seeds']:.3f}.",
+        "![Every run of every arm, and the differences to step-level GRPO](data/results/ablation/comparison.png)",
+        "Change against the model before training, 95 % interval over 240 test prompts, averaged over seeds:", table,
+        f"And the planned comparisons in the trained reward, 95 % interval over pairs of seeds ({sum(v['verdict'] != 'not resolved' for v in verdicts)} of {len(verdicts)} resolved):", "\n".join(lines),
+        "Curves, kinds of prompt, images and the same verdicts in the gold rewards: [the executed comparison](data/results/ablation/03_comparison.ipynb)."])
+
+
 def text_of(name: str) -> str:
     file = RESULTS / name
     return file.read_text(encoding="utf-8").strip() if file.exists() else ""
@@ -55,7 +76,7 @@ def text_of(name: str) -> str:
 def rendered() -> str:
     """README.md with every generated part made anew."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    parts = {"results": main_results(), "support": text_of("support.md")}
+    parts = {"results": main_results(), "ablation": ablation_results(), "support": text_of("support.md")}
     for name, content in parts.items():
         start = text.index("-->", text.index(f"<!-- {name}")) + 3
         end = text.index(f"<!-- end of {name} -->")

@@ -88,6 +88,7 @@ def main(out: str) -> None:
         "first update": compare(2, [0, 1, 2, 3], on_policy=True),
         "uneven passes": compare(2, [0, 1, 2], micro_batch=1),
         "one process idle": compare(2, [0, 1], micro_batch=2),
+        "kl, one process idle": compare(2, [0, 1], micro_batch=2, kl_weight=0.1),
     }
     if dist.get_rank() == 0:
         with open(out, "w") as file:

@@ -12,7 +12,6 @@ from chunk_grpo_nb.config import Config
 from chunk_grpo_nb.plots import (
     change_by_kind,
     metrics_table,
-    paired_by_seed,
     plot_arms,
     plot_change,
     plot_dynamics,
@@ -58,16 +57,6 @@ def test_training_curves_average_where_all_seeds_have_a_value(tmp_path):
 def test_smoothing_stays_inside_a_run():
     table = pd.DataFrame({"arm": "a", "seed": [0, 0, 1, 1], "r": [0.0, 2.0, 10.0, 20.0]})
     assert smooth(table, "r", 2).r.tolist() == [0, 1, 10, 15]
-
-
-def test_pairing_by_seed():
-    table = pd.DataFrame({"arm": ["a", "b"] * 3, "seed": [0, 0, 1, 1, 2, 2], "r": [1.0, 2.0, 5.0, 6.1, 9.0, 9.9]})
-    row = paired_by_seed(table, "r", "a").iloc[0]
-    assert row.verdict == "better" and row.difference == pytest.approx(1) and row.low == pytest.approx(1 - 0.2484, abs=1e-4)
-    assert paired_by_seed(table, "r", "b").iloc[0].verdict == "worse"
-    assert paired_by_seed(table.iloc[:2], "r", "a").iloc[0].verdict == "not resolved"
-    with pytest.raises(KeyError, match="no arm 'c'"):
-        paired_by_seed(table, "r", "c")
 
 
 def test_arms_figure_with_one_and_three_seeds(tmp_path):

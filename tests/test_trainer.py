@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from chunk_grpo_nb import trainer as trainer_module
+from chunk_grpo_nb.chunking import chunk_ids_from_sizes, chunk_mask
 from chunk_grpo_nb.config import Config
-from chunk_grpo_nb.credit import assign_credit
+from chunk_grpo_nb.credit import Credit, assign_credit
 from chunk_grpo_nb.prompts import PromptError
 from chunk_grpo_nb.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
 from chunk_grpo_nb.rewards import RewardError, register_reward
@@ -57,6 +58,7 @@ def config(pipes):
 VARIANTS = {
     "step": {"chunker": "step"}, "sequence": {"chunker": "sequence"}, "adaptive": {"chunker": "adaptive"}, "online": {"chunker": "online:adaptive"},
     "weighted": {"selection": "weighted", "fraction": 0.5}, "only": {"selection": "only:0"}, "anneal": {"selection": "anneal", "fraction": 0.5},
+    "adaptive in parts": {"chunker": "adaptive", "micro_batch": 6, "num_steps": 8}, "adaptive weighted in parts": {"chunker": "adaptive", "selection": "weighted", "fraction": 0.5, "micro_batch": 6, "num_steps": 8},
     "draw control": {"ratio": "step", "fraction": 0.5}, "smoothing control": {"ratio": "step", "step_weights": "chunk", "fraction": 0.5},
     "weight control": {"chunker": "step", "step_weights": "fixed:2,3"}, "tempflow": {"chunker": "step", "step_weights": "std"},
     "dance": {"sde": "dance", "noise_level": 0.3}, "cps": {"sde": "cps"}, "lora": {"lora_rank": 2, "ema_decay": 0.5}, "kl": {"kl_weight": 0.1},
@@ -135,6 +137,16 @@ def test_streamed_gradient_equals_whole(config, tmp_path, kl_weight):
     for micro_batch in (1, 3, 7):
         streamed = gradient(*state, kl_weight=kl_weight, micro_batch=micro_batch)
         assert (whole - streamed).norm() < 1e-4 * whole.norm()
+
+
+def test_streaming_trajectories_that_are_chunked_differently(config, tmp_path):
+    trainer, rollout, credit = moved_trainer(config, tmp_path / "run")
+    ids = chunk_ids_from_sizes([[2, 3], [1, 1, 3], [5], [2, 2, 1], [1, 1, 1, 1, 1], [2, 3], [3, 2], [1, 4]])
+    credit = Credit(credit.advantages[:, :1].expand(8, 5), ids, chunk_mask(ids), None, ids)
+    whole = gradient(trainer, rollout, credit)
+    for micro_batch in (1, 4):
+        assert (whole - gradient(trainer, rollout, credit, micro_batch=micro_batch)).norm() < 1e-4 * whole.norm()
+    assert (gradient(trainer, rollout, credit, micro_batch=7) - whole).norm() < 1e-4 * whole.norm()
 
 
 def test_a_wrong_coefficient_would_show(config, tmp_path, monkeypatch):
