@@ -895,6 +895,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'chunk_grpo_nb.trainer._gathered': ('trainer.html#_gathered', 'chunk_grpo_nb/trainer.py'),
                                        'chunk_grpo_nb.trainer._gathered_policy': ( 'trainer.html#_gathered_policy',
                                                                                    'chunk_grpo_nb/trainer.py'),
+                                       'chunk_grpo_nb.trainer._idle': ('trainer.html#_idle', 'chunk_grpo_nb/trainer.py'),
                                        'chunk_grpo_nb.trainer._kl': ('trainer.html#_kl', 'chunk_grpo_nb/trainer.py'),
                                        'chunk_grpo_nb.trainer._load_whole_models': ( 'trainer.html#_load_whole_models',
                                                                                      'chunk_grpo_nb/trainer.py'),

@@ -59,6 +59,14 @@ def _kl(policy: Policy, recording, rows: Tensor, steps: Tensor, mean: Tensor, st
     with torch.no_grad(), policy.reference(): reference = policy.log_prob(recording, rows, steps)[1]
     return kl_to_reference(mean, reference, std)
 
+
+def _idle(policy: Policy, passes: Sequence[tuple], kl_weight: float, backward: Callable) -> None:
+    "The passes of a process that has less to do than the others: the same calls, a loss of 0."
+    for recording, rows, steps, _ in passes:
+        log_prob, mean, std = policy.log_prob(recording, rows, steps)
+        if kl_weight: _kl(policy, recording, rows, steps, mean, std)
+        backward(0 * log_prob.sum())
+
 # %% ../nbs/25_trainer.ipynb #7b486dff
 def accumulate_gradient(
     policy: Policy,
@@ -107,10 +115,7 @@ def accumulate_gradient(
             kl = (_kl(policy, recording, rows, steps, mean, std) / (trained.sum(1)[local].to(mean) * num_samples)).sum()
             loss, kl_sum = loss + kl_weight * kl, kl_sum + float(kl.detach())
         backward(scale * loss)
-    for recording, rows, steps, _ in idle:
-        log_prob, mean, std = policy.log_prob(recording, rows, steps)
-        if kl_weight: _kl(policy, recording, rows, steps, mean, std)
-        backward(0 * log_prob.sum())
+    _idle(policy, idle, kl_weight, backward)
     return new, {"kl": kl_sum, "trained": rows_trained, "ratio": rows_trained * two_pass}
 
 # %% ../nbs/25_trainer.ipynb #d4385edb
