@@ -239,7 +239,7 @@ def plot_kinds(
     arms, kinds = list(changes["arm"].unique()), list(changes["kind"].unique())
     wide = changes.pivot(index="arm", columns="kind", values="change").loc[arms, kinds]
     largest = float(np.abs(wide.to_numpy()).max()) or 1.0
-    figure, ax = _axes(3.2 + 0.85 * len(kinds), 0.9 + 0.34 * len(arms))
+    figure, ax = _axes(3.2 + 0.85 * len(kinds), max(2.4, 0.9 + 0.34 * len(arms)))
     sns.heatmap(wide, cmap="vlag", center=0, vmin=-largest, vmax=largest, ax=ax, linewidths=1, cbar_kws={"label": label})
     for row in changes.itertuples():
         resolved, strong = row.low > 0 or row.high < 0, abs(row.change) > 0.6 * largest
