@@ -517,6 +517,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'chunk_grpo_nb.remote.read_rating': ('remote.html#read_rating', 'chunk_grpo_nb/remote.py')},
             'chunk_grpo_nb.results': { 'chunk_grpo_nb.results.SweepRecords': ('results.html#sweeprecords', 'chunk_grpo_nb/results.py'),
                                        'chunk_grpo_nb.results._CellRecord': ('results.html#_cellrecord', 'chunk_grpo_nb/results.py'),
+                                       'chunk_grpo_nb.results._commits': ('results.html#_commits', 'chunk_grpo_nb/results.py'),
                                        'chunk_grpo_nb.results._distance': ('results.html#_distance', 'chunk_grpo_nb/results.py'),
                                        'chunk_grpo_nb.results._facts': ('results.html#_facts', 'chunk_grpo_nb/results.py'),
                                        'chunk_grpo_nb.results._long': ('results.html#_long', 'chunk_grpo_nb/results.py'),

@@ -216,7 +216,7 @@ def _add_record_commands(add) -> None:
     p = add("run", _run, "run a notebook with checked parameters, or list them", "chunk-grpo run nbs/experiments/01_main.ipynb runs/main.ipynb -p seed 1")
     p.add_argument("notebook", help="notebook with a parameters cell")
     p.add_argument("output", nargs="?", help="executed copy to write; without it the notebook's parameters are listed")
-    _parameter_word(p, "a parameter of the notebook")
+    _parameter_word(p, "a parameter of the notebook (a path in NAME_dir is seen from here)")
     p = add("sweep", _sweep, "run a grid of notebooks, going on where it was cut off", "chunk-grpo sweep data/sweeps/ablation.yaml --jobs 2")
     p.add_argument("file", help="YAML: experiment, fixed, arms, grid")
     p.add_argument("--out", help="results folder; default: runs/sweeps/NAME")

@@ -85,7 +85,7 @@ class Interval:
     @property
     def verdict(self) -> str:
         "'rises', 'falls', or 'not resolved' when the interval contains 0. Meaningful for differences."
-        return "rises" if self.low > 0 else "falls" if self.high < 0 else "not resolved"
+        return "rises" if self.low > 1e-12 else "falls" if self.high < -1e-12 else "not resolved"  # 0 up to rounding is not resolved
 
     def __str__(self): return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 

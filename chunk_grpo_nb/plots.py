@@ -131,9 +131,11 @@ def plot_training(
     for column in (x, y, arm, seed):
         if column not in table:
             raise KeyError(f"plot_training: no column {column!r}; there are {list(table.columns)}")
-    names = {"step": "update", "evaluations": "network evaluations", "iteration": "iteration"}
-    labels = labels or (names.get(x, x), y.replace("_", " "))
-    parts = {name: part for name, part in table.groupby(arm, sort=False) if name != baseline}
+    labels = labels or ({"step": "update", "evaluations": "network evaluations"}.get(x, x), y.replace("_", " "))
+    parts = dict(iter(table.groupby(arm, sort=False)))
+    if baseline is not None and (baseline not in parts or len(parts) < 2):
+        raise KeyError(f"plot_training: baseline {baseline!r} needs to be an arm beside others; there are {list(parts)}")
+    behind = parts.pop(baseline, None)
     colours = sns.color_palette(_PALETTE, len(parts))
     if baseline is None:
         figure, ax = _axes()
@@ -146,7 +148,7 @@ def plot_training(
     figure, axes = _axes(3.1 * columns, 0.5 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(parts):]: ax.set_visible(False)
     for ax, colour, (name, part) in zip(axes.flat, colours, parts.items()):
-        _curve(ax, table[table[arm] == baseline], x, y, seed, "0.5", baseline)
+        _curve(ax, behind, x, y, seed, "0.5", baseline)
         _curve(ax, part, x, y, seed, colour, name)
         ax.set_title(f"{name}, {part[seed].nunique()} seeds", fontsize="small", color=colour)
     figure.supxlabel(labels[0], fontsize="small")

@@ -21,7 +21,7 @@ from .records import RunFolder, read_rows, read_table
 __all__ = ['COLUMNS', 'SweepRecords', 'collect_sweeps', 'save_records', 'load_records', 'seed_means', 'paired_by_seed',
            'compare_over_prompts', 'smallest_effect']
 
-# %% ../nbs/30a_results.ipynb #8d9ba8b8
+# %% ../nbs/30a_results.ipynb #c1dde274
 def _long(table: pd.DataFrame, part: str, measures: Sequence[str], ids: Sequence[str]) -> pd.DataFrame:
     "One row per number: the columns `ids` kept, each of `measures` a row."
     rows = table.melt(id_vars=list(ids), value_vars=list(measures), var_name="measure", value_name="value")
@@ -31,7 +31,7 @@ def _long(table: pd.DataFrame, part: str, measures: Sequence[str], ids: Sequence
 def _per_prompt(table: pd.DataFrame) -> pd.DataFrame:
     "A table of images as long rows: the mean over a prompt's images."
     measures = [c for c in table.select_dtypes("number") if c not in ("prompt_index", "image")]
-    means = table.groupby(["prompt_index", "kind"], sort=False)[measures].mean().reset_index()
+    means = table.groupby(["prompt_index", "kind"], sort=False, dropna=False)[measures].mean().reset_index()
     return _long(means, "test", measures, ["prompt_index", "kind"])
 
 
@@ -48,7 +48,7 @@ def _training(run: RunFolder) -> list[pd.DataFrame]:
         parts.append(_long(held_out, "validation", [c for c in held_out.select_dtypes("number") if c not in ("iteration", "update", "evaluations")], ["iteration", "update", "evaluations"]))
     return parts
 
-# %% ../nbs/30a_results.ipynb #8c8373d5
+# %% ../nbs/30a_results.ipynb #f1c356d5
 @dataclass(frozen=True)
 class _CellRecord:
     arm: str
@@ -63,6 +63,8 @@ def _read_cell(place: Path) -> _CellRecord:
     "One finished cell."
     parameters, result = (yaml.safe_load((place / name).read_text(encoding="utf-8")) for name in ("parameters.yaml", "result.json"))
     run = RunFolder.open(place / "run")
+    for name in ("summary.json", "before.parquet", "after.parquet"):
+        if not (run.path / name).is_file(): raise FileNotFoundError(f"{run.path} has no {name}; what is gathered here are cells of the experiment 02_arm")
     seconds = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))["seconds"]
     spent = read_rows(run).filter(like="evaluations_").iloc[-1].to_dict()
     cost = pd.DataFrame([{"whole_seconds": result["seconds"], **{f"{k}_seconds": v for k, v in seconds.items()}, **spent}])
@@ -70,7 +72,7 @@ def _read_cell(place: Path) -> _CellRecord:
     rows = pd.concat(parts, ignore_index=True).assign(arm=parameters["arm"], seed=run.config.seed)
     return _CellRecord(parameters["arm"], run.config.seed, result["key"], rows, _per_prompt(read_table(run, "before")), run)
 
-# %% ../nbs/30a_results.ipynb #35c2f374
+# %% ../nbs/30a_results.ipynb #a17fd6b7
 COLUMNS = ("arm", "seed", "part", "iteration", "update", "evaluations", "prompt_index", "kind", "measure", "value")
 
 
@@ -86,9 +88,10 @@ def _same(cells: Sequence[_CellRecord], what: str) -> dict:
     "The manifest entry `what` of all cells, which must not differ."
     first = cells[0].run.manifest[what]
     for cell in cells[1:]:
-        for name, value in cell.run.manifest[what].items():
-            if name in first and value != first[name]:
-                raise ValueError(f"{cell.run.path}: {what} of {name} is {value}, but {first[name]} in {cells[0].run.path}; these cells cannot be compared")
+        other = cell.run.manifest[what]
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                raise ValueError(f"{cell.run.path}: {what} of {name} is {other.get(name)}, but {first.get(name)} in {cells[0].run.path}; these cells cannot be compared")
     return first
 
 
@@ -129,14 +132,23 @@ def collect_sweeps(
     rows = pd.concat([base.assign(arm="base", seed=0), *tables], ignore_index=True).reindex(columns=list(COLUMNS))
     return SweepRecords(rows, _facts(folders, cells, repeated), _pictures(cells))
 
-# %% ../nbs/30a_results.ipynb #7dfda3e4
+# %% ../nbs/30a_results.ipynb #b1ee8415
 def _facts(folders: Sequence, cells: Sequence[_CellRecord], repeated: list) -> dict:
     "What the table depends on besides the parameters, and what it cost."
     seconds = [c.rows.query("part == 'cost' and measure == 'whole_seconds'")["value"].item() for c in cells]
-    return {"sweeps": [json.loads((Path(f) / "sweep.json").read_text(encoding="utf-8"))["sweep"] for f in folders], "cells": len(cells),
-            "cell_seconds": {"sum": round(sum(seconds)), "largest": round(max(seconds))}, "git_commits": sorted({str(c.run.manifest["git_commit"]) for c in cells}),
-            "versions": _same(cells, "versions"), "hashes": _same(cells, "hashes"), "repeated_cells": repeated,
+    return {"sweeps": [json.loads((Path(f) / "sweep.json").read_text(encoding="utf-8"))["sweep"] for f in folders], "cells": len(cells), "repeats": len(repeated),
+            "cell_seconds": {"sum": round(sum(seconds)), "largest": round(max(seconds))}, "git_commits": _commits(cells), "versions": _same(cells, "versions"), "hashes": _same(cells, "hashes"), "repeated_cells": repeated,
             "shown_prompts": json.loads((cells[0].run.path / "summary.json").read_text(encoding="utf-8"))["shown_prompts"]}
+
+
+def _commits(cells: Sequence[_CellRecord]) -> dict[str, dict]:
+    "Commit -> the arms whose cells it made, and whether files were changed beside it."
+    found: dict[str, dict] = {}
+    for c in cells:
+        entry = found.setdefault(str(c.run.manifest["git_commit"]), {"arms": [], "dirty": False})
+        entry["arms"] = sorted({*entry["arms"], c.arm})
+        entry["dirty"] |= bool(c.run.manifest.get("git_dirty"))
+    return found
 
 
 def _pictures(cells: Sequence[_CellRecord]) -> dict[str, Path]:
@@ -146,7 +158,7 @@ def _pictures(cells: Sequence[_CellRecord]) -> dict[str, Path]:
         found.setdefault(cell.arm, cell.run.path / "after.png")
     return {arm: path for arm, path in found.items() if path.is_file()}
 
-# %% ../nbs/30a_results.ipynb #9a4f1c6e
+# %% ../nbs/30a_results.ipynb #7bc96588
 def save_records(
     records: SweepRecords,
     folder: str | Path,  # made if missing; records that lie there are replaced
@@ -157,9 +169,9 @@ def save_records(
     rows = records.rows.astype({c: "category" for c in ("arm", "part", "kind", "measure")}).astype({c: "Int32" for c in ("seed", "iteration", "update", "evaluations", "prompt_index")})
     rows.to_parquet(folder / "records.parquet", index=False, compression="zstd", compression_level=19)
     (folder / "facts.json").write_text(json.dumps(records.facts, indent=1) + "\n", encoding="utf-8")
-    for arm, picture in records.pictures.items():
-        if (target := folder / "pictures" / f"{arm}.png") != picture:
-            target.write_bytes(picture.read_bytes())
+    pictures = {folder / "pictures" / f"{arm}.png": picture.read_bytes() for arm, picture in records.pictures.items()}
+    for old in (folder / "pictures").glob("*.png"): old.unlink()
+    for target, content in pictures.items(): target.write_bytes(content)
     return folder
 
 
@@ -190,7 +202,7 @@ def seed_means(
         raise KeyError(f"no {part} rows of {measure!r}; there are {sorted(rows[rows['part'] == part]['measure'].unique())}")
     return found.groupby(["arm", "seed"], sort=False)["value"].mean().rename(measure).reset_index()
 
-# %% ../nbs/30a_results.ipynb #033cd5f5
+# %% ../nbs/30a_results.ipynb #532f22c0
 def paired_by_seed(
     table: pd.DataFrame,     # one row per (arm, seed)
     y: str,
@@ -200,26 +212,29 @@ def paired_by_seed(
     pooled: bool = False,    # one residual variance for all arms (randomised blocks); seeds that not all arms have are left out
     comparisons: int = 1,    # verdicts that are to hold together (Bonferroni)
 ) -> pd.DataFrame:
-    """Per arm, the mean over seeds of (arm − baseline) of `y` with its 95 % interval (Student's t, as seeds are few), and a verdict."""
+    """Per arm, the mean over seeds of (arm − baseline) of `y` with its 95 % interval (Student's t, as seeds are few), the standard deviation
+    of a paired difference that it rests on, and a verdict. `ValueError` if `pooled` and no seed is common to all arms."""
     from scipy import stats
     wide = table.pivot(index=seed, columns=arm, values=y)[list(table[arm].unique())]
     if baseline not in wide:
         raise KeyError(f"paired_by_seed: no arm {baseline!r}; there are {list(wide.columns)}")
+    if comparisons < 1: raise ValueError(f"paired_by_seed: comparisons = {comparisons}: at least 1")
     level, rows = 1 - 0.025 / comparisons, []
     if pooled:
-        wide = wide.dropna()
+        found, wide = wide, wide.dropna()
+        if wide.empty: raise ValueError(f"paired_by_seed: no seed that all arms have ({ {a: found[a].dropna().index.tolist() for a in found} }); leave an arm out, or set pooled=False")
         rest = wide.sub(wide.mean(axis=1), axis=0).sub(wide.mean() - wide.stack().mean())
         free = (wide.shape[0] - 1) * (wide.shape[1] - 1)
-        spread = np.sqrt((rest**2).to_numpy().sum() / free) * np.sqrt(2) if free else np.inf
+        spread = np.sqrt((rest**2).to_numpy().sum() / free) * np.sqrt(2) if free > 0 else np.inf
     for name in [a for a in wide if a != baseline]:
         d = (wide[name] - wide[baseline]).dropna()
         sd, degrees = (spread, free) if pooled else (d.std(ddof=1), len(d) - 1)
         half = stats.t.ppf(level, degrees) * sd / np.sqrt(len(d)) if degrees > 0 else np.inf
-        verdict = "better" if d.mean() - half > 0 else "worse" if d.mean() + half < 0 else "not resolved"
-        rows.append({arm: name, "difference": d.mean(), "low": d.mean() - half, "high": d.mean() + half, "pairs": len(d), "verdict": verdict})
+        verdict = "better" if d.mean() - half > 1e-12 else "worse" if d.mean() + half < -1e-12 else "not resolved"
+        rows.append({arm: name, "difference": d.mean(), "low": d.mean() - half, "high": d.mean() + half, "pairs": len(d), "sd": sd, "verdict": verdict})
     return pd.DataFrame(rows)
 
-# %% ../nbs/30a_results.ipynb #748664aa
+# %% ../nbs/30a_results.ipynb #2015bd7b
 def compare_over_prompts(
     rows: pd.DataFrame,  # of `SweepRecords`
     measure: str,
@@ -233,9 +248,10 @@ def compare_over_prompts(
     for name, wide in ((arm, a), (baseline, b)):
         if wide.empty: raise KeyError(f"no test rows of arm {name!r} and measure {measure!r}; there are arms {sorted(test['arm'].unique())}")
     shared = a.columns if baseline == "base" else a.columns.intersection(b.columns)
+    if shared.empty: raise ValueError(f"no seed in common: {arm!r} has {a.columns.tolist()}, {baseline!r} has {b.columns.tolist()}")
     return bootstrap_interval(a[shared].mean(axis=1) - (b[0] if baseline == "base" else b[shared].mean(axis=1)), seed=seed)
 
-# %% ../nbs/30a_results.ipynb #5dff8ac1
+# %% ../nbs/30a_results.ipynb #ede0f3aa
 def smallest_effect(
     sd: float,             # of the paired differences between runs
     pairs: int,            # seeds
@@ -246,6 +262,7 @@ def smallest_effect(
     """The smallest true difference between two arms that a paired t test resolves with probability `power`; infinite for one pair."""
     from scipy import optimize, stats
     if sd < 0 or pairs < 1: raise ValueError(f"smallest_effect: sd = {sd}, pairs = {pairs}: a spread of at least 0 and at least one pair")
+    if not 0 < level < power < 1: raise ValueError(f"smallest_effect: level = {level}, power = {power}: 0 < level < power < 1")
     degrees = pairs - 1 if degrees is None else degrees
     if degrees < 1: return float("inf")
     if sd == 0: return 0.0
@@ -253,4 +270,4 @@ def smallest_effect(
     limits = stats.t.ppf(1 - level / 2, degrees) * np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, degrees) / degrees)
 
     def missed(shift: float) -> float: return power - float((stats.norm.cdf(shift - limits) + stats.norm.cdf(-shift - limits)).mean())
-    return float(optimize.brentq(missed, 0, 100) * sd / np.sqrt(pairs))
+    return float(optimize.brentq(missed, 0, 2 * float(limits.max()) + 10) * sd / np.sqrt(pairs))

@@ -246,6 +246,8 @@ def _shard(t: Trainer) -> None:
         plugin = t.accelerator.state.deepspeed_plugin.deepspeed_config
         plugin |= {"gradient_clipping": t.config.max_grad_norm, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         plugin["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        if t.config.mixed_precision == "bf16":  # the engine would switch our autocast off; gradients still travel in float32
+            plugin["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     prepared, t.optimizer = t.accelerator.prepare(t.policy.transformer, t.optimizer)
     t.policy.module = prepared  # what is replayed
     if deepspeed: t.engine = _Engine(t)  # the pipeline keeps the transformer itself, whose hooks gather its weights
@@ -255,6 +257,7 @@ def _shard(t: Trainer) -> None:
 def _check_sharding(t: Trainer) -> None:
     "Refuse what sharded weights do not support."
     if t.sharded and t.ema: raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it to 0")
+    if t.engine and t.config.kl_weight: raise ValueError("config: kl_weight > 0 was never tried under DeepSpeed; use FSDP2 (data/launch/fsdp2.yaml), or set it to 0")
     if t.sharded and t.config.kl_weight and not t.config.lora_rank: raise ValueError("config: kl_weight > 0 with sharded weights needs a LoRA (lora_rank > 0), whose reference is the model without it; or train on one card, or set it to 0")
 
 # %% ../nbs/25_trainer.ipynb #f7476ac8
@@ -386,7 +389,7 @@ def _save(t: Trainer) -> None:
     state = {"done": t.done, "model": model, "optimizer": optimizer, "schedule": t.schedule.state_dict(), "evaluations": t.evaluations,
              "ema": t.ema.state_dict() if t.ema else None, "chunker": t.chunker.state_dict() if hasattr(t.chunker, "state_dict") else None}
     if t.main: save_checkpoint(t.run, t.done, state, keep=t.config.keep_checkpoints)
-    if t.main and t.engine: t.engine.prune(t.run.path / "checkpoints")
+    if t.engine and t.accelerator.is_local_main_process: t.engine.prune(t.run.path / "checkpoints")
     t.accelerator.wait_for_everyone()
 
 

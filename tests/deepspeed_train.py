@@ -30,6 +30,6 @@ if __name__ == "__main__":
     folder, name = Path(sys.argv[1]), sys.argv[2]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: accelerate.Accelerator = Deep
     from chunk_grpo_nb.trainer import train
-    c = replace(config(folder, "float32"), lora_rank=2 * (name.startswith("lora")), micro_batch=2, updates_per_iteration=2, iterations=2, checkpoint_every=1)
+    c = replace(config(folder, "float32"), lora_rank=2 * (name.startswith("lora")), mixed_precision="bf16" if "bf16" in name else "no", micro_batch=2, updates_per_iteration=2, iterations=2, checkpoint_every=1)
     train(c, folder / name)
     train(replace(c, iterations=3), folder / name, resume=True)

@@ -16,6 +16,7 @@ from chunk_grpo_nb.plots import (
     plot_change,
     plot_dynamics,
     plot_images,
+    plot_kinds,
     plot_steps,
     plot_training,
     run_figures,
@@ -52,6 +53,24 @@ def test_training_curves_average_where_all_seeds_have_a_value(tmp_path):
     assert np.allclose(thick.get_xdata(), range(4)) and np.allclose(thick.get_ydata(), 1 + np.arange(4))
     with pytest.raises(KeyError, match="no column 'rewrd'"):
         plot_training(pd.DataFrame(rows), "rewrd")
+
+
+def test_training_curves_in_panels_beside_a_baseline(tmp_path):
+    table = pd.DataFrame([{"arm": a, "seed": s, "step": t, "reward": s + t + i} for i, a in enumerate("abcde") for s in range(2) for t in range(3)])
+    figure = save(plot_training(table, "reward", baseline="b"), tmp_path)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title().split(",")[0] for ax in shown] == ["a", "c", "d", "e"]
+    thick = [line.get_ydata()[0] for line in shown[1].lines if line.get_linewidth() > 2]
+    assert thick == [1.5, 2.5]  # the baseline b, then c
+    for wrong in ("z", "a"):
+        with pytest.raises(KeyError, match="beside others"):
+            plot_training(table[table.arm == "a"], "reward", baseline=wrong)
+
+
+def test_changes_of_several_arms_by_kind(tmp_path):
+    changes = pd.DataFrame([{"arm": a, "kind": k, "change": c, "low": c - 0.1, "high": c + 0.1} for a, k, c in [("x", "one", 0.3), ("x", "two", 0.05), ("y", "one", -0.2), ("y", "two", 0.0)]])
+    ax = save(plot_kinds(changes, "change"), tmp_path).axes[0]
+    assert {t.get_text(): t.get_fontweight() for t in ax.texts} == {"+0.300": "bold", "+0.050": "normal", "-0.200": "bold", "+0.000": "normal"}
 
 
 def test_smoothing_stays_inside_a_run():

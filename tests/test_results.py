@@ -75,6 +75,9 @@ def test_records_survive_the_disk_and_the_runs(tmp_path):
     assert kept.facts == records.facts and all(p.parent == tmp_path / "kept" / "pictures" for p in kept.pictures.values())
     save_records(kept, tmp_path / "kept")  # onto itself
     assert set(load_records(tmp_path / "kept").pictures) == {"base", "steps", "chunks", "other"}
+    save_records(collect_sweeps([sweeps / "one"]), tmp_path / "kept")  # no picture of an arm that is gone
+    assert set(load_records(tmp_path / "kept").pictures) == {"base", "steps", "chunks"}
+    assert records.facts["git_commits"] == {"0123": {"arms": ["chunks", "other", "steps"], "dirty": False}}
 
 
 def test_unfinished_and_failed_cells_are_left_out(tmp_path):
@@ -106,6 +109,10 @@ def test_another_base_model_is_refused(tmp_path):
 
 
 def test_folders_that_hold_nothing(tmp_path):
+    folder = make_sweep(tmp_path / "deep" / "other")
+    (folder / "cells" / "steps-seed=0" / "run" / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match="cells of the experiment 02_arm"):
+        collect_sweeps([folder])
     with pytest.raises(FileNotFoundError, match="neither records"):
         load_records(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a results folder"):
@@ -130,6 +137,8 @@ def test_verdicts_over_prompts_and_over_seeds(tmp_path):
     assert paired_by_seed(seed_means(rows, "r"), "r", "steps").verdict.item() == "better"
     with pytest.raises(KeyError, match="there are arms"):
         compare_over_prompts(rows, "r", "chunk", "base")
+    with pytest.raises(ValueError, match=r"no seed in common: 'steps' has \[0, 1, 2\], 'late' has \[9\]"):
+        compare_over_prompts(pd.concat([rows, rows[(rows.arm == "chunks") & (rows.seed == 0)].assign(arm="late", seed=9)]), "r", "steps", "late")
     with pytest.raises(KeyError, match="no test rows of 'q'"):
         seed_means(rows, "q")
 
@@ -170,7 +179,48 @@ def test_smallest_effect_has_the_power_it_says(pairs, degrees):
     assert stats.nct.sf(limit, df, shift) + stats.nct.cdf(-limit, df, shift) == pytest.approx(0.8, abs=2e-3)
 
 
+def test_pooling_needs_a_seed_that_all_arms_have():
+    table = pd.DataFrame({"arm": ["a", "a", "b", "b", "c"], "seed": [0, 1, 0, 1, 9], "r": [1.0, 2.0, 1.5, 2.6, 3.0]})
+    with pytest.raises(ValueError, match=r"no seed that all arms have .*'c': \[9\]"):
+        paired_by_seed(table, "r", "a", pooled=True)
+    assert paired_by_seed(table, "r", "a").pairs.tolist() == [2, 0]
+    one = paired_by_seed(table[table.seed == 0], "r", "a", pooled=True).iloc[0]
+    assert one.verdict == "not resolved" and one.high == float("inf")
+    with pytest.raises(ValueError, match="comparisons = 0"):
+        paired_by_seed(table, "r", "a", comparisons=0)
+
+
+def test_an_interval_that_ends_at_zero_up_to_rounding_is_not_resolved():
+    from chunk_grpo_nb.evaluation import Interval
+    assert Interval(-0.1, -0.2, -1e-17, 10).verdict == "not resolved" and Interval(-0.1, -0.2, -1e-3, 10).verdict == "falls"
+
+
 def test_smallest_effect_at_its_edges():
+    assert smallest_effect(1.0, 2, level=1e-4) > smallest_effect(1.0, 2) > 10
+    with pytest.raises(ValueError, match="power = 1.0"):
+        smallest_effect(1.0, 3, power=1.0)
     assert smallest_effect(1.0, 1) == float("inf") and smallest_effect(0.0, 3) == 0
     with pytest.raises(ValueError, match="sd = -1"):
         smallest_effect(-1, 3)
+
+
+@pytest.mark.slow
+def test_from_a_grid_to_verdicts(tmp_path):
+    """A grid small enough to run here, through the arm notebook, the runner and the comparison notebook."""
+    from pathlib import Path
+
+    from chunk_grpo_nb.sweep import load_sweep, run_notebook, run_sweep
+    experiments = Path(__file__).resolve().parent.parent / "nbs" / "experiments"
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "experiments").symlink_to(experiments)
+    (tmp_path / "small.yaml").write_text(
+        "experiment: 02_arm\n"
+        "fixed: {iterations: 2, prompts_per_iteration: 2, group_size: 4, num_steps: 9, micro_batch: 8, validation_images: 6, evaluation_prompts: 12, evaluation_images: 1, evaluation_steps: 6}\n"
+        "arms: {step-flow: {chunker: step}, chunks-adaptive: {chunker: adaptive, selection: weighted}}\n"
+        "grid: {seed: [0, 1]}\n")
+    status = run_sweep(load_sweep(tmp_path / "small.yaml"), tmp_path / "sweeps" / "small", jobs=2, report=lambda text: None)
+    assert set(status.status) == {"done"}, status.error.tolist()
+    run_notebook(experiments / "03_comparison.ipynb", tmp_path / "comparison.ipynb", {"records_dir": str(tmp_path / "sweeps"), "out_dir": str(tmp_path / "out")})
+    found = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    assert {v["arm"] for v in found["verdicts"]} == {"chunks-adaptive"} and len(found["gains"]) == 2
+    assert {p.name for p in (tmp_path / "out" / "pictures").iterdir()} == {"base.png", "step-flow.png", "chunks-adaptive.png"}

@@ -189,3 +189,12 @@ def test_nothing_is_overwritten_by_a_single_run(checkout):
     with pytest.raises(FileExistsError, match="choose another output"):
         run_notebook(checkout / "nbs/experiments/toy.ipynb", checkout / "out.ipynb", {})
     assert json.loads((checkout / "out.ipynb").read_text()) == {"mine": 1}
+
+
+def test_given_folders_are_seen_from_where_the_caller_is(checkout, monkeypatch):
+    notebook = checkout / "nbs/experiments/toy.ipynb"
+    write(notebook, "import pathlib; pathlib.Path(out_dir).mkdir(parents=True)")
+    (checkout / "elsewhere").mkdir()
+    monkeypatch.chdir(checkout / "elsewhere")
+    run_notebook(notebook, "one.ipynb", {"out_dir": "runs/mine"})
+    assert (checkout / "elsewhere/runs/mine").is_dir() and (checkout / "elsewhere/one.ipynb").is_file()
