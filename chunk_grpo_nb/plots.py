@@ -244,7 +244,7 @@ def plot_kinds(
     figure, ax = _axes(3.2 + 0.85 * len(kinds), max(2.4, 0.9 + 0.34 * len(arms)))
     sns.heatmap(wide, cmap="vlag", center=0, vmin=-largest, vmax=largest, ax=ax, linewidths=1, cbar_kws={"label": label})
     for row in changes.itertuples():
-        resolved, strong = row.low > 0 or row.high < 0, abs(row.change) > 0.6 * largest
+        resolved, strong = row.low > 1e-12 or row.high < -1e-12, abs(row.change) > 0.6 * largest
         ax.text(kinds.index(row.kind) + 0.5, arms.index(row.arm) + 0.5, f"{row.change:+.3f}", ha="center", va="center", fontsize="small",
                 fontweight="bold" if resolved else "normal", color="white" if strong else "0.15" if resolved else "0.4")
     ax.set(xlabel="", ylabel="")

@@ -158,7 +158,7 @@ def _pictures(cells: Sequence[_CellRecord]) -> dict[str, Path]:
         found.setdefault(cell.arm, cell.run.path / "after.png")
     return {arm: path for arm, path in found.items() if path.is_file()}
 
-# %% ../nbs/30a_results.ipynb #7bc96588
+# %% ../nbs/30a_results.ipynb #6b3601b1
 def save_records(
     records: SweepRecords,
     folder: str | Path,  # made if missing; records that lie there are replaced
@@ -169,9 +169,8 @@ def save_records(
     rows = records.rows.astype({c: "category" for c in ("arm", "part", "kind", "measure")}).astype({c: "Int32" for c in ("seed", "iteration", "update", "evaluations", "prompt_index")})
     rows.to_parquet(folder / "records.parquet", index=False, compression="zstd", compression_level=19)
     (folder / "facts.json").write_text(json.dumps(records.facts, indent=1) + "\n", encoding="utf-8")
-    pictures = {folder / "pictures" / f"{arm}.png": picture.read_bytes() for arm, picture in records.pictures.items()}
-    for old in (folder / "pictures").glob("*.png"): old.unlink()
-    for target, content in pictures.items(): target.write_bytes(content)
+    for arm, picture in records.pictures.items():
+        if (target := folder / "pictures" / f"{arm}.png") != picture: target.write_bytes(picture.read_bytes())
     return folder
 
 
@@ -183,7 +182,7 @@ def load_records(
     if (folder / "records.parquet").is_file():
         rows = pd.read_parquet(folder / "records.parquet")
         rows = rows.astype({c: "object" for c in ("arm", "part", "kind", "measure")})
-        pictures = {p.stem: p for p in sorted((folder / "pictures").glob("*.png"))}
+        pictures = {p.stem: p for p in sorted((folder / "pictures").glob("*.png")) if p.stem in set(rows["arm"])}  # others are not ours
         return SweepRecords(rows, json.loads((folder / "facts.json").read_text(encoding="utf-8")), pictures)
     sweeps = [folder] if (folder / "sweep.json").is_file() else sorted(p.parent for p in folder.glob("*/sweep.json"))
     if not sweeps:

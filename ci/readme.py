@@ -67,7 +67,8 @@ def ablation_results() -> str:
         f"Two runs of `{r['noise_floor']['arm']}` that differ in their seed alone lie up to {floor['highest'] - floor['lowest']:.3f} apart ({floor['runs']} runs, standard deviation {floor['sd']:.4f}). "
         f"With one variance pooled over all arms, three seeds find a true difference of {floor['pooled, 3 seeds']:.3f} four times in five, eight seeds one of {floor['pooled, 8 seeds']:.3f}.",
         f"![The runs of all arms on seeds {', '.join(map(str, seeds))}, and their differences to step-level GRPO](data/results/ablation/comparison.png)",
-        f"Change against the model before training. The first three intervals are over {r['gains'][0][r['reward']]['n']} test prompts and hold for these {len(seeds)} runs of an arm; the last is over the runs and speaks of new seeds:", table,
+        f"Change against the model before training. The first three intervals are over {r['gains'][0][r['reward']]['n']} test prompts and hold for these {len(seeds)} runs of an arm; the last is over the runs (Student's t):", table,
+        f"Three runs are few: over all its {floor['runs']} seeds, `{r['noise_floor']['arm']}` changes by {interval(floor['change'])} in the trained reward.",
         f"The planned comparisons in the trained reward, paired by seed, 95 % intervals with the pooled variance ({count['verdict']} of {len(verdicts)} resolved one by one, {count['all at once']} all at once):", "\n".join(lines),
         "So at this budget nothing can be said for chunks against steps, either way."
         if not any(v["verdict"] != "not resolved" for v in verdicts if v["arm"].startswith("chunks")) else "",

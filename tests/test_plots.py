@@ -69,6 +69,7 @@ def test_training_curves_in_panels_beside_a_baseline(tmp_path):
 
 def test_changes_of_several_arms_by_kind(tmp_path):
     changes = pd.DataFrame([{"arm": a, "kind": k, "change": c, "low": c - 0.1, "high": c + 0.1} for a, k, c in [("x", "one", 0.3), ("x", "two", 0.05), ("y", "one", -0.2), ("y", "two", 0.0)]])
+    changes.loc[1, "low"] = 1e-17  # 0 up to rounding
     ax = save(plot_kinds(changes, "change"), tmp_path).axes[0]
     assert {t.get_text(): t.get_fontweight() for t in ax.texts} == {"+0.300": "bold", "+0.050": "normal", "-0.200": "bold", "+0.000": "normal"}
 

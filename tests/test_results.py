@@ -75,8 +75,10 @@ def test_records_survive_the_disk_and_the_runs(tmp_path):
     assert kept.facts == records.facts and all(p.parent == tmp_path / "kept" / "pictures" for p in kept.pictures.values())
     save_records(kept, tmp_path / "kept")  # onto itself
     assert set(load_records(tmp_path / "kept").pictures) == {"base", "steps", "chunks", "other"}
-    save_records(collect_sweeps([sweeps / "one"]), tmp_path / "kept")  # no picture of an arm that is gone
-    assert set(load_records(tmp_path / "kept").pictures) == {"base", "steps", "chunks"}
+    own = tmp_path / "kept" / "pictures" / "holiday.png"
+    own.write_bytes(b"mine")
+    save_records(collect_sweeps([sweeps / "one"]), tmp_path / "kept")  # no picture of an arm that is gone is read, and none is deleted
+    assert set(load_records(tmp_path / "kept").pictures) == {"base", "steps", "chunks"} and own.read_bytes() == b"mine"
     assert records.facts["git_commits"] == {"0123": {"arms": ["chunks", "other", "steps"], "dirty": False}}
 
 
