@@ -10,10 +10,23 @@ __all__ = []
 # %% ../nbs/00_package.ipynb #99c7746a
 from .advantages import combined_advantages, group_advantages
 from chunk_grpo_nb.chunking import (
-    adaptive_chunks, chunk_ids_from_sizes, chunk_mask, chunk_sizes_from_ids, chunk_weights, make_chunker, select_chunks,
+    adaptive_chunks,
+    chunk_ids_from_sizes,
+    chunk_mask,
+    chunk_sizes_from_ids,
+    chunk_weights,
+    make_chunker,
+    select_chunks,
 )
 from .dynamics import relative_distance
-from .objective import chunk_mean, chunk_ratio, clipped_objective, implied_step_weights, kl_to_reference, step_coefficients
+from chunk_grpo_nb.objective import (
+    chunk_mean,
+    chunk_ratio,
+    clipped_objective,
+    implied_step_weights,
+    kl_to_reference,
+    step_coefficients,
+)
 from .schedules import sigma_schedule
 from .sde import Transition, sde_step
 

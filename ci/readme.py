@@ -1,7 +1,7 @@
 """Write the parts of README.md that come from records: results of the main experiment and of the ablation, and the support table.
 
-    python ci/readme.py          rewrite README.md
-    python ci/readme.py --check  exit 1 if it is out of date
+python ci/readme.py          rewrite README.md
+python ci/readme.py --check  exit 1 if it is out of date
 """
 
 import json
@@ -21,58 +21,118 @@ def strict_row() -> tuple:
     """The share of images on which every condition holds, before and after, from the committed table of images."""
     import pandas as pd
 
-    from chunk_grpo_nb.evaluation import paired_difference
+    from chunk_grpo_nb.training.evaluation import paired_difference
+
     table = pd.read_parquet(RESULTS / "main" / "evaluation.parquet")
     before, after = (table[table["model"] == name] for name in ("before", "after"))
     change = paired_difference(before, after, "shapes_strict")
-    return "`shapes_strict` (gold, all conditions at once)", f"{before['shapes_strict'].mean():.3f}", f"{after['shapes_strict'].mean():.3f}", interval(vars(change)), change.verdict
+    return (
+        "`shapes_strict` (gold, all conditions at once)",
+        f"{before['shapes_strict'].mean():.3f}",
+        f"{after['shapes_strict'].mean():.3f}",
+        interval(vars(change)),
+        change.verdict,
+    )
 
 
 def main_results() -> str:
     """Table and pictures of the committed main run, from its summary."""
     file = RESULTS / "main" / "summary.json"
-    if not file.exists(): return "No run of the main experiment is committed yet."
+    if not file.exists():
+        return "No run of the main experiment is committed yet."
     r = json.loads(file.read_text())
-    rows = [("reward", "before", "after", "change, 95 % interval over prompts", ""),
-            (f"`{r['reward']}` (trained)", f"{r['before']:.3f}", f"{r['after']:.3f}", interval(r["change"]), r["change"]["verdict"]),
-            (f"`{r['gold']}` (gold verifier, never trained on)", f"{r['gold_before']:.3f}", f"{r['gold_after']:.3f}", interval(r["gold_change"]), r["gold_change"]["verdict"]),
-            strict_row()]
+    rows = [
+        ("reward", "before", "after", "change, 95 % interval over prompts", ""),
+        (
+            f"`{r['reward']}` (trained)",
+            f"{r['before']:.3f}",
+            f"{r['after']:.3f}",
+            interval(r["change"]),
+            r["change"]["verdict"],
+        ),
+        (
+            f"`{r['gold']}` (gold verifier, never trained on)",
+            f"{r['gold_before']:.3f}",
+            f"{r['gold_after']:.3f}",
+            interval(r["gold_change"]),
+            r["gold_change"]["verdict"],
+        ),
+        strict_row(),
+    ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ("---",) * 5, *rows[1:]])
     invariance = r["invariance"]["flow"]
-    return "\n\n".join([
-        f"What the quickstart shows (one run, seed 0, {r['prompts']} held-out prompts × {r['images']} images, paired by seed):", table,
-        "![Before and after, same prompts and seeds](data/results/main/before_after.png)",
-        f"The step explains {invariance['step_share']:.1%} of the variance of the dynamics (interval {invariance['interval'][0]:.1%} to {invariance['interval'][1]:.1%}); "
-        f"the adaptive rule cut the {sum(r['chunk_sizes'])} trained steps into {r['chunk_sizes']}. "
-        f"An iteration costs {r['speed']['ratio']:.2f} times the bare transformer calls it makes. "
-        "The executed notebook is in [`data/results/main`](data/results/main)."])
+    return "\n\n".join(
+        [
+            f"What the quickstart shows (one run, seed 0, {r['prompts']} held-out prompts × {r['images']} images, paired by seed):",
+            table,
+            "![Before and after, same prompts and seeds](data/results/main/before_after.png)",
+            f"The step explains {invariance['step_share']:.1%} of the variance of the dynamics (interval {invariance['interval'][0]:.1%} to {invariance['interval'][1]:.1%}); "
+            f"the adaptive rule cut the {sum(r['chunk_sizes'])} trained steps into {r['chunk_sizes']}. "
+            f"An iteration costs {r['speed']['ratio']:.2f} times the bare transformer calls it makes. "
+            "The executed notebook is in [`data/results/main`](data/results/main).",
+        ]
+    )
 
 
 def ablation_results() -> str:
     """Picture, table and verdicts of the committed ablation, from what its comparison notebook wrote."""
     file = RESULTS / "ablation" / "verdicts.json"
-    if not file.exists(): return "No ablation is committed yet."
-    r, facts = json.loads(file.read_text()), json.loads((RESULTS / "ablation" / "facts.json").read_text())
+    if not file.exists():
+        return "No ablation is committed yet."
+    r, facts = (
+        json.loads(file.read_text()),
+        json.loads((RESULTS / "ablation" / "facts.json").read_text()),
+    )
     seeds = r["gains"][0]["seeds"]
-    rows = [("arm", "network evaluations", f"`{r['reward']}` (trained)", f"`{r['gold']}` (gold)", f"`{r['strict']}` (gold, yes or no)", f"`{r['reward']}`, interval over seeds")]
-    rows += [(g["arm"], f"{g['evaluations'] / 1000:.0f} k", *(interval(g[m]) for m in (r["reward"], r["gold"], r["strict"])),
-              interval({"mean": g["over_seeds"]["difference"], **g["over_seeds"]})) for g in r["gains"]]
+    rows = [
+        (
+            "arm",
+            "network evaluations",
+            f"`{r['reward']}` (trained)",
+            f"`{r['gold']}` (gold)",
+            f"`{r['strict']}` (gold, yes or no)",
+            f"`{r['reward']}`, interval over seeds",
+        )
+    ]
+    rows += [
+        (
+            g["arm"],
+            f"{g['evaluations'] / 1000:.0f} k",
+            *(interval(g[m]) for m in (r["reward"], r["gold"], r["strict"])),
+            interval({"mean": g["over_seeds"]["difference"], **g["over_seeds"]}),
+        )
+        for g in r["gains"]
+    ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ("---",) * 6, *rows[1:]])
     floor = next(n for n in r["noise_floor"]["rows"] if n["measure"] == r["reward"])
     verdicts = [v for v in r["verdicts"] if v["measure"] == r["reward"]]
-    count = {name: sum(v[name] != "not resolved" for v in verdicts) for name in ("verdict", "all at once")}
-    lines = [f"- {v['question'][0].upper() + v['question'][1:]} {v['arm']} − {v['against']}: {v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]: **{v['verdict']}**" for v in verdicts]
-    return "\n\n".join([
-        f"Does chunking help, and what about it? {len(r['gains'])} arms on the same {len(seeds)} seeds, each run at most {math.ceil(facts['cell_seconds']['largest'] / 60)} minutes on one core. "
-        f"Two runs of `{r['noise_floor']['arm']}` that differ in their seed alone lie up to {floor['highest'] - floor['lowest']:.3f} apart ({floor['runs']} runs, standard deviation {floor['sd']:.4f}). "
-        f"With one variance pooled over all arms, three seeds find a true difference of {floor['pooled, 3 seeds']:.3f} four times in five, eight seeds one of {floor['pooled, 8 seeds']:.3f}.",
-        f"![The runs of all arms on seeds {', '.join(map(str, seeds))}, and their differences to step-level GRPO](data/results/ablation/comparison.png)",
-        f"Change against the model before training. The first three intervals are over {r['gains'][0][r['reward']]['n']} test prompts and hold for these {len(seeds)} runs of an arm; the last is over the runs (Student's t):", table,
-        f"Three runs are few: over all its {floor['runs']} seeds, `{r['noise_floor']['arm']}` changes by {interval(floor['change'])} in the trained reward.",
-        f"The planned comparisons in the trained reward, paired by seed, 95 % intervals with the pooled variance ({count['verdict']} of {len(verdicts)} resolved one by one, {count['all at once']} all at once):", "\n".join(lines),
-        "So at this budget nothing can be said for chunks against steps, either way."
-        if not any(v["verdict"] != "not resolved" for v in verdicts if v["arm"].startswith("chunks")) else "",
-        "Curves, kinds of prompt, images and the same verdicts in the gold rewards: [the executed comparison](data/results/ablation/03_comparison.ipynb)."]).replace("\n\n\n\n", "\n\n")
+    count = {
+        name: sum(v[name] != "not resolved" for v in verdicts)
+        for name in ("verdict", "all at once")
+    }
+    lines = [
+        f"- {v['question'][0].upper() + v['question'][1:]} {v['arm']} − {v['against']}: {v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]: **{v['verdict']}**"
+        for v in verdicts
+    ]
+    return "\n\n".join(
+        [
+            f"Does chunking help, and what about it? {len(r['gains'])} arms on the same {len(seeds)} seeds, each run at most {math.ceil(facts['cell_seconds']['largest'] / 60)} minutes on one core. "
+            f"Two runs of `{r['noise_floor']['arm']}` that differ in their seed alone lie up to {floor['highest'] - floor['lowest']:.3f} apart ({floor['runs']} runs, standard deviation {floor['sd']:.4f}). "
+            f"With one variance pooled over all arms, three seeds find a true difference of {floor['pooled, 3 seeds']:.3f} four times in five, eight seeds one of {floor['pooled, 8 seeds']:.3f}.",
+            f"![The runs of all arms on seeds {', '.join(map(str, seeds))}, and their differences to step-level GRPO](data/results/ablation/comparison.png)",
+            f"Change against the model before training. The first three intervals are over {r['gains'][0][r['reward']]['n']} test prompts and hold for these {len(seeds)} runs of an arm; the last is over the runs (Student's t):",
+            table,
+            f"Three runs are few: over all its {floor['runs']} seeds, `{r['noise_floor']['arm']}` changes by {interval(floor['change'])} in the trained reward.",
+            f"The planned comparisons in the trained reward, paired by seed, 95 % intervals with the pooled variance ({count['verdict']} of {len(verdicts)} resolved one by one, {count['all at once']} all at once):",
+            "\n".join(lines),
+            "So at this budget nothing can be said for chunks against steps, either way."
+            if not any(
+                v["verdict"] != "not resolved" for v in verdicts if v["arm"].startswith("chunks")
+            )
+            else "",
+            "Curves, kinds of prompt, images and the same verdicts in the gold rewards: [the executed comparison](../nbs/experiments/03_comparison.ipynb).",
+        ]
+    ).replace("\n\n\n\n", "\n\n")
 
 
 def text_of(name: str) -> str:
@@ -83,7 +143,11 @@ def text_of(name: str) -> str:
 def rendered() -> str:
     """README.md with every generated part made anew."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    parts = {"results": main_results(), "ablation": ablation_results(), "support": text_of("support.md")}
+    parts = {
+        "results": main_results(),
+        "ablation": ablation_results(),
+        "support": text_of("support.md"),
+    }
     for name, content in parts.items():
         start = text.index("-->", text.index(f"<!-- {name}")) + 3
         end = text.index(f"<!-- end of {name} -->")
@@ -94,5 +158,7 @@ def rendered() -> str:
 if __name__ == "__main__":
     new, file = rendered(), ROOT / "README.md"
     if "--check" in sys.argv:
-        if new != file.read_text(encoding="utf-8"): sys.exit("README.md is out of date: run python ci/readme.py")
-    else: file.write_text(new, encoding="utf-8")
+        if new != file.read_text(encoding="utf-8"):
+            sys.exit("README.md is out of date: run python ci/readme.py")
+    else:
+        file.write_text(new, encoding="utf-8")

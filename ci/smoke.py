@@ -14,7 +14,7 @@ NOTEBOOKS = ROOT / "nbs"
 
 def run(name: str, parameters: dict, folder: Path) -> tuple[str, float, str]:
     """Run one notebook; its name, seconds, and the end of its error ('' if it ran)."""
-    from chunk_grpo_nb.sweep import notebook_parameters, run_notebook
+    from chunk_grpo_nb.analysis.sweep import notebook_parameters, run_notebook
 
     notebook, start = NOTEBOOKS / name, time.monotonic()
     try:
@@ -29,14 +29,28 @@ def run(name: str, parameters: dict, folder: Path) -> tuple[str, float, str]:
 
 def main() -> int:
     table = yaml.safe_load((ROOT / "ci" / "smoke.yaml").read_text(encoding="utf-8")) or {}
-    found = {p.relative_to(NOTEBOOKS).as_posix() for room in ("experiments", "tutorials") for p in (NOTEBOOKS / room).glob("*.ipynb")}
+    found = {
+        p.relative_to(NOTEBOOKS).as_posix()
+        for room in ("experiments", "tutorials")
+        for p in (NOTEBOOKS / room).glob("*.ipynb")
+    }
     missing, unknown = sorted(found - set(table)), sorted(set(table) - found)
     with tempfile.TemporaryDirectory() as folder:
-        jobs = (delayed(run)(name, table[name] or {}, Path(folder)) for name in sorted(found & set(table)))
+        jobs = (
+            delayed(run)(name, table[name] or {}, Path(folder))
+            for name in sorted(found & set(table))
+        )
         results = Parallel(n_jobs=2)(jobs)
     for name, seconds, error in results:
-        print(f"{'FAILED' if error else 'passed'} {seconds:6.1f} s  {name}" + f"\n{error}" * bool(error))
-    print(*(f"FAILED  {name}: no line in ci/smoke.yaml" for name in missing), *(f"FAILED  {name}: in ci/smoke.yaml, not in nbs" for name in unknown), sep="\n")
+        print(
+            f"{'FAILED' if error else 'passed'} {seconds:6.1f} s  {name}"
+            + f"\n{error}" * bool(error)
+        )
+    print(
+        *(f"FAILED  {name}: no line in ci/smoke.yaml" for name in missing),
+        *(f"FAILED  {name}: in ci/smoke.yaml, not in nbs" for name in unknown),
+        sep="\n",
+    )
     return int(bool(missing or unknown or any(error for *_, error in results)))
 
 

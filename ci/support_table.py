@@ -13,9 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-GUIDANCE = {"plain": "distilled, one call", "uncond_first": "`u + g(c − u)`, one batch", "uncond_first_float": "`u + g(c − u)` in float32, one batch",
-            "cond_first": "`u + g(c − u)`, two calls", "rescaled": "`u + g(c − u)`, two calls, norm of `c` restored",
-            "rescaled_negated": "`u + g(c − u)`, two calls, norm of `c` restored, negated", "extrapolated_negated": "`c + g(c − u)`, one batch, negated"}
+GUIDANCE = {
+    "plain": "distilled, one call",
+    "uncond_first": "`u + g(c − u)`, one batch",
+    "uncond_first_float": "`u + g(c − u)` in float32, one batch",
+    "cond_first": "`u + g(c − u)`, two calls",
+    "rescaled": "`u + g(c − u)`, two calls, norm of `c` restored",
+    "rescaled_negated": "`u + g(c − u)`, two calls, norm of `c` restored, negated",
+    "extrapolated_negated": "`c + g(c − u)`, one batch, negated",
+}
 
 
 def run(name: str, check) -> tuple[bool, str]:
@@ -44,10 +50,25 @@ def main(names: list[str]) -> int:
         results = [run(name, check) for check in CHECKS.values()]
         passed &= all(ok for ok, _ in results)
         classes = f"`{type(policy.pipe).__name__}`, `{type(policy.transformer).__name__}`"
-        print("| " + " | ".join([policy.family.name, f"`{name}`", classes, GUIDANCE[policy.family.combine.__name__], *(text for _, text in results)]) + " |", flush=True)
-    print(f"\nOn tiny random pipelines, CPU, float32, torch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}. Numbers: relative error of the "
-          "velocity in shuffled (image, step) pairs; relative error of the gradient against finite differences of the stock loop; largest |Δ log-prob| in "
-          "shuffled pairs (in the rollout's own batch shape both are exactly 0); largest change of a latent after one LoRA update.")
+        print(
+            "| "
+            + " | ".join(
+                [
+                    policy.family.name,
+                    f"`{name}`",
+                    classes,
+                    GUIDANCE[policy.family.combine.__name__],
+                    *(text for _, text in results),
+                ]
+            )
+            + " |",
+            flush=True,
+        )
+    print(
+        f"\nOn tiny random pipelines, CPU, float32, torch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}. Numbers: relative error of the "
+        "velocity in shuffled (image, step) pairs; relative error of the gradient against finite differences of the stock loop; largest |Δ log-prob| in "
+        "shuffled pairs (in the rollout's own batch shape both are exactly 0); largest change of a latent after one LoRA update."
+    )
     return 0 if passed else 1
 
 

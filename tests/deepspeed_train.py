@@ -20,16 +20,33 @@ class Deep(accelerate.Accelerator):
     def __init__(self, **options):
         file = json.loads((ROOT / f"data/launch/deepspeed_zero{sys.argv[3]}.json").read_text())
         super().__init__(**options)
-        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}  # as accelerate launch does
+        os.environ |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        }  # as accelerate launch does
         plugin = DeepSpeedPlugin(hf_ds_config=file)
         plugin.select(_from_accelerator_state=True)
-        self.state.distributed_type, self.state.deepspeed_plugins, self.deepspeed_engine_wrapped = DistributedType.DEEPSPEED, {"default": plugin}, None
+        self.state.distributed_type, self.state.deepspeed_plugins, self.deepspeed_engine_wrapped = (
+            DistributedType.DEEPSPEED,
+            {"default": plugin},
+            None,
+        )
 
 
 if __name__ == "__main__":
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: accelerate.Accelerator = Deep
-    from chunk_grpo_nb.trainer import train
-    c = replace(config(folder, "float32"), lora_rank=2 * (name.startswith("lora")), mixed_precision="bf16" if "bf16" in name else "no", micro_batch=2, updates_per_iteration=2, iterations=2, checkpoint_every=1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        accelerate.Accelerator = Deep
+    from chunk_grpo_nb.training.trainer import train
+
+    c = replace(
+        config(folder, "float32"),
+        lora_rank=2 * (name.startswith("lora")),
+        mixed_precision="bf16" if "bf16" in name else "no",
+        micro_batch=2,
+        updates_per_iteration=2,
+        iterations=2,
+        checkpoint_every=1,
+    )
     train(c, folder / name)
     train(replace(c, iterations=3), folder / name, resume=True)

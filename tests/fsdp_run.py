@@ -11,24 +11,45 @@ import torch.distributed as dist
 from tiny import disturb, tiny_policy, tiny_sampler
 from torch.distributed.fsdp import fully_shard
 
-from chunk_grpo_nb.config import Config
-from chunk_grpo_nb.credit import assign_credit
 from chunk_grpo_nb.prompts import Prompt
-from chunk_grpo_nb.rollout import draw_rollout
-from chunk_grpo_nb.trainer import accumulate_gradient
+from chunk_grpo_nb.training.assignment import assign_credit
+from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.rollout import draw_rollout
+from chunk_grpo_nb.training.trainer import accumulate_gradient
 
 CLIP = (0.05, 0.05)
 PROMPTS = [Prompt("a red circle"), Prompt("two blue square")]
-CONFIG = Config(num_steps=5, chunker="fixed:1,3", fraction=1.0, prompts_per_iteration=2, group_size=2, updates_per_iteration=1, rewards={"number": 1.0})
+CONFIG = Config(
+    num_steps=5,
+    chunker="fixed:1,3",
+    fraction=1.0,
+    prompts_per_iteration=2,
+    group_size=2,
+    updates_per_iteration=1,
+    rewards={"number": 1.0},
+)
 
 
 def score(images, prompts):
-    return {"number": torch.tensor([float(sum(i.resize((1, 1)).getpixel((0, 0)))) for i in images], dtype=torch.float64)}
+    return {
+        "number": torch.tensor(
+            [float(sum(i.resize((1, 1)).getpixel((0, 0)))) for i in images], dtype=torch.float64
+        )
+    }
 
 
 def rollout_of(policy, share=(0, 1)):
     with torch.no_grad():
-        return draw_rollout(policy, PROMPTS, tiny_sampler("flux"), score, iteration=0, seed=0, group_size=2, share=share)
+        return draw_rollout(
+            policy,
+            PROMPTS,
+            tiny_sampler("flux"),
+            score,
+            iteration=0,
+            seed=0,
+            group_size=2,
+            share=share,
+        )
 
 
 def policy_of(lora_rank: int):
@@ -63,24 +84,42 @@ def compare(lora_rank: int, members: list[int], **options) -> float:
     accumulate_gradient(alone, whole, credit, members, CLIP, **options)
 
     sharded = policy_of(lora_rank)
-    shared = rollout_of(sharded, share=(rank, 2))  # drawn before sharding: the same numbers in both arms
+    shared = rollout_of(
+        sharded, share=(rank, 2)
+    )  # drawn before sharding: the same numbers in both arms
     if not on_policy:
         disturb(sharded, 0.01, seed=2)
     shard(sharded)
     mine = range(shared.samples[0], shared.samples[0] + len(shared.samples))
-    accumulate_gradient(sharded, shared, credit, [i - mine.start for i in members if i in mine], CLIP, num_samples=len(members), two_pass=True, num_passes=largest,
-                        scale=dist.get_world_size(), **options)
+    accumulate_gradient(
+        sharded,
+        shared,
+        credit,
+        [i - mine.start for i in members if i in mine],
+        CLIP,
+        num_samples=len(members),
+        two_pass=True,
+        num_passes=largest,
+        scale=dist.get_world_size(),
+        **options,
+    )
     difference, size, compared = 0.0, 0.0, 0
     for p, q in zip(alone.trainable_parameters(), sharded.trainable_parameters()):
         found = torch.zeros_like(p) if q.grad is None else q.grad.full_tensor()
         wanted = torch.zeros_like(p) if p.grad is None else p.grad
-        difference, size, compared = max(difference, (found - wanted).abs().max().item()), max(size, wanted.abs().max().item()), compared + 1
+        difference, size, compared = (
+            max(difference, (found - wanted).abs().max().item()),
+            max(size, wanted.abs().max().item()),
+            compared + 1,
+        )
     assert size > 0 and compared
     return difference / size
 
 
 def main(out: str) -> None:
-    faulthandler.dump_traceback_later(100, exit=True)  # a collective that waits for ever must not hang the tests
+    faulthandler.dump_traceback_later(
+        100, exit=True
+    )  # a collective that waits for ever must not hang the tests
     dist.init_process_group("gloo")
     found = {
         "lora": compare(2, [0, 1, 2, 3], micro_batch=3),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from chunk_grpo_nb import benchmarks, geneval
-from chunk_grpo_nb.geneval import (
+from chunk_grpo_nb.prompts import Prompt, load_prompts
+from chunk_grpo_nb.rewards.geneval import (
     GENEVAL_CLASSES,
     GENEVAL_COLOURS,
     ColourClassifier,
@@ -22,13 +22,34 @@ from chunk_grpo_nb.geneval import (
     objects_from_queries,
     relations,
 )
-from chunk_grpo_nb.prompts import Prompt, load_prompts
-from chunk_grpo_nb.rewards import RewardUnavailable, make_reward, score
+from chunk_grpo_nb.rewards.registry import (
+    RewardUnavailable,
+    benchmarks,
+    geneval,
+    make_reward,
+    score,
+)
 
 METADATA = [
-    {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
-    {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 3}], "prompt": "a photo of two cats"},
-    {"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}], "prompt": "a photo of a cat left of a dog"},
+    {
+        "tag": "single_object",
+        "include": [{"class": "dog", "count": 1}],
+        "prompt": "a photo of a dog",
+    },
+    {
+        "tag": "counting",
+        "include": [{"class": "cat", "count": 2}],
+        "exclude": [{"class": "cat", "count": 3}],
+        "prompt": "a photo of two cats",
+    },
+    {
+        "tag": "position",
+        "include": [
+            {"class": "dog", "count": 1},
+            {"class": "cat", "count": 1, "position": ["left of", 0]},
+        ],
+        "prompt": "a photo of a cat left of a dog",
+    },
 ]
 
 
@@ -41,17 +62,27 @@ def prompts(tmp_path):
 
 def painter(texts, seeds):
     """Colour from the seed, so that an image tells which seed made it."""
-    return [Image.new("RGB", (16, 16), tuple(np.random.default_rng(s).integers(0, 256, 3).tolist())) for s in seeds]
+    return [
+        Image.new("RGB", (16, 16), tuple(np.random.default_rng(s).integers(0, 256, 3).tolist()))
+        for s in seeds
+    ]
 
 
 # ---------------------------------------------------------------- folders
 
 
 def test_geneval_folder_is_what_the_official_scorer_reads(tmp_path, prompts):
-    assert benchmarks.generate_geneval(prompts, painter, tmp_path / "out", images_per_prompt=4, batch_size=3) == 12
+    assert (
+        benchmarks.generate_geneval(
+            prompts, painter, tmp_path / "out", images_per_prompt=4, batch_size=3
+        )
+        == 12
+    )
     for index, expected in enumerate(METADATA):  # the reading of evaluate_images.py
         place = tmp_path / "out" / f"{index:0>5}"
-        assert place.name.isdigit() and json.loads((place / "metadata.jsonl").read_text()) == expected
+        assert (
+            place.name.isdigit() and json.loads((place / "metadata.jsonl").read_text()) == expected
+        )
         names = sorted(p.name for p in (place / "samples").iterdir())
         assert len(names) == 4 and all(re.match(r"\d+\.png", name) for name in names)
     colours = {Image.open(p).getpixel((0, 0)) for p in (tmp_path / "out").rglob("*.png")}
@@ -72,7 +103,16 @@ def test_a_killed_generation_goes_on_with_the_same_images(tmp_path, prompts):
     (tmp_path / "a" / "00002" / "samples").mkdir(parents=True, exist_ok=True)
     (tmp_path / "a" / "00002" / "samples" / ".00000.png.partial").write_bytes(b"half")
     progress = []
-    assert benchmarks.generate_geneval(prompts, painter, tmp_path / "a", batch_size=4, on_progress=lambda *p: progress.append(p)) == 4
+    assert (
+        benchmarks.generate_geneval(
+            prompts,
+            painter,
+            tmp_path / "a",
+            batch_size=4,
+            on_progress=lambda *p: progress.append(p),
+        )
+        == 4
+    )
     assert progress == [(4, 4)]
     benchmarks.generate_geneval(prompts, painter, tmp_path / "b", batch_size=1)
     for path in (tmp_path / "b").rglob("*.png"):
@@ -89,15 +129,31 @@ def test_dpg_grid_is_cut_back_into_its_images(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["12.png", "partiprompts3.png"]
     index = [p.metadata["name"] for p in loaded].index("partiprompts3")
     grid = Image.open(tmp_path / "out" / "partiprompts3.png")
-    for k, (x, y) in enumerate([(0, 0), (16, 0), (0, 16), (16, 16)]):  # the crops of compute_dpg_bench.py at --resolution 16
+    for k, (x, y) in enumerate(
+        [(0, 0), (16, 0), (0, 16), (16, 16)]
+    ):  # the crops of compute_dpg_bench.py at --resolution 16
         (expected,) = painter([""], [benchmarks.image_seed(0, index, k)])
         assert grid.crop((x, y, x + 16, y + 16)).tobytes() == expected.tobytes()
 
 
 def test_wise_files_are_named_by_prompt_id(tmp_path):
-    items = [{"prompt_id": 1 + k, "Prompt": f"riddle {k}", "Explanation": "x", "Category": "c", "Subcategory": "s"} for k in range(3)]
+    items = [
+        {
+            "prompt_id": 1 + k,
+            "Prompt": f"riddle {k}",
+            "Explanation": "x",
+            "Category": "c",
+            "Subcategory": "s",
+        }
+        for k in range(3)
+    ]
     (tmp_path / "cultural_common_sense.json").write_text(json.dumps(items))
-    assert benchmarks.generate_wise(load_prompts(tmp_path / "cultural_common_sense.json"), painter, tmp_path / "out") == 3
+    assert (
+        benchmarks.generate_wise(
+            load_prompts(tmp_path / "cultural_common_sense.json"), painter, tmp_path / "out"
+        )
+        == 3
+    )
     assert all((tmp_path / "out" / f"{item['prompt_id']}.png").exists() for item in items)
 
 
@@ -114,9 +170,15 @@ def test_prompts_of_another_benchmark_are_refused(tmp_path, run, prompt, message
 
 def test_generators_that_cannot_be_right_are_refused(tmp_path, prompts):
     with pytest.raises(ValueError, match="returned 1 images for 4"):
-        benchmarks.generate_geneval(prompts, lambda texts, seeds: painter(texts, seeds)[:1], tmp_path)
+        benchmarks.generate_geneval(
+            prompts, lambda texts, seeds: painter(texts, seeds)[:1], tmp_path
+        )
     with pytest.raises(ValueError, match="cuts squares"):
-        benchmarks.generate_dpg([Prompt("a", {"name": "1"})], lambda texts, seeds: [Image.new("RGB", (8, 4))] * 4, tmp_path)
+        benchmarks.generate_dpg(
+            [Prompt("a", {"name": "1"})],
+            lambda texts, seeds: [Image.new("RGB", (8, 4))] * 4,
+            tmp_path,
+        )
     twice = [Prompt("a", {"prompt_id": 1}), Prompt("b", {"prompt_id": 1})]
     with pytest.raises(ValueError, match="occurs twice"):
         benchmarks.generate_wise(twice, painter, tmp_path)
@@ -169,12 +231,24 @@ CASES = [
     ({"include": [{"class": "dog", "count": 1}]}, {"dog": [box(0, 0)]}, True),
     ({"include": [{"class": "dog", "count": 1}]}, {"cat": [box(0, 0)]}, False),
     ({"include": [{"class": "dog", "count": 1}]}, {"dog": [box(0, 0), box(9, 9)]}, True),
-    ({"include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}, {"dog": [box(0, 0), box(9, 9)]}, True),
-    ({"include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}, {"dog": [box(0, 0)] * 3}, False),
+    (
+        {"include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]},
+        {"dog": [box(0, 0), box(9, 9)]},
+        True,
+    ),
+    (
+        {"include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]},
+        {"dog": [box(0, 0)] * 3},
+        False,
+    ),
     (METADATA[2], {"dog": [box(50, 0)], "cat": [box(0, 0)]}, True),
     (METADATA[2], {"dog": [box(0, 0)], "cat": [box(50, 0)]}, False),
     (METADATA[2], {"cat": [box(0, 0)]}, False),
-    (METADATA[2], {"dog": [box(50, 0), box(-50, 0)], "cat": [box(0, 0)]}, True),  # only the most confident dog counts
+    (
+        METADATA[2],
+        {"dog": [box(50, 0), box(-50, 0)], "cat": [box(0, 0)]},
+        True,
+    ),  # only the most confident dog counts
 ]
 
 
@@ -194,9 +268,19 @@ def test_rules_of_colour():
         return ["red", "red"]
 
     assert judge(dogs, clause, colours).correct and asked == [(2, "dog")]  # the two most confident
-    assert judge(dogs, clause, lambda *a: ["red", "blue"]).reasons == ("expected red dog>=2, found red, blue",)
-    both = {"include": [{"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "position": ["above", 0]}]}
-    assert judge({"dog": [box(0, 0)], "cat": [box(0, 0)]}, both, lambda *a: ["blue"]).reasons[1] == "no target for cat to be above"
+    assert judge(dogs, clause, lambda *a: ["red", "blue"]).reasons == (
+        "expected red dog>=2, found red, blue",
+    )
+    both = {
+        "include": [
+            {"class": "dog", "count": 1, "color": "red"},
+            {"class": "cat", "count": 1, "position": ["above", 0]},
+        ]
+    }
+    assert (
+        judge({"dog": [box(0, 0)], "cat": [box(0, 0)]}, both, lambda *a: ["blue"]).reasons[1]
+        == "no target for cat to be above"
+    )
 
 
 # ---------------------------------------------------------------- from queries to objects
@@ -207,7 +291,12 @@ def test_objects_equal_a_dense_reference():
     torch.manual_seed(0)
     logits, masks, classes = torch.randn(7, 81) * 3, torch.randn(7, 6, 8) * 4, 80
     padded, shown, size = (24, 32), (20, 30), (40, 60)
-    up = F.interpolate(F.interpolate(masks[None], padded, mode="bilinear", align_corners=False)[..., :20, :30], size, mode="bilinear", align_corners=False)[0]
+    up = F.interpolate(
+        F.interpolate(masks[None], padded, mode="bilinear", align_corners=False)[..., :20, :30],
+        size,
+        mode="bilinear",
+        align_corners=False,
+    )[0]
     expected = []
     top = logits.softmax(-1)[:, :-1].flatten().topk(100).indices
     for place in top.tolist():
@@ -216,23 +305,38 @@ def test_objects_equal_a_dense_reference():
         s = logits.softmax(-1)[q, k] * (up[q].sigmoid() * inside).sum() / (inside.sum() + 1e-6)
         if s > 0.05:
             ys, xs = torch.where(inside > 0)
-            expected.append((GENEVAL_CLASSES[k], round(s.item(), 5), (xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1)))
+            expected.append(
+                (
+                    GENEVAL_CLASSES[k],
+                    round(s.item(), 5),
+                    (xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1),
+                )
+            )
     found = objects_from_queries(logits, masks, padded, shown, size, threshold=0.05)
-    got = [(name, round(f.score, 5), tuple(map(int, f.box))) for name, group in found.items() for f in group]
+    got = [
+        (name, round(f.score, 5), tuple(map(int, f.box)))
+        for name, group in found.items()
+        for f in group
+    ]
     assert sorted(got) == sorted(expected) and len(got) > 5
 
 
 def test_at_most_sixteen_objects_a_class_most_confident_first():
     logits = torch.full((30, 81), -9.0)
     logits[:, 16] = torch.linspace(3, 9, 30)
-    found = objects_from_queries(logits, torch.full((30, 4, 4), 9.0), (8, 8), (8, 8), (8, 8), 0.3)["dog"]
+    found = objects_from_queries(logits, torch.full((30, 4, 4), 9.0), (8, 8), (8, 8), (8, 8), 0.3)[
+        "dog"
+    ]
     scores = [f.score for f in found]
     assert len(scores) == 16 and scores == sorted(scores, reverse=True)
 
 
 def test_classes_are_cocos_under_genevals_names():
     assert len(GENEVAL_CLASSES) == len(set(GENEVAL_CLASSES)) == 80
-    assert [GENEVAL_CLASSES.index(n) for n in ("person", "dog", "computer mouse", "tv remote", "computer keyboard", "toothbrush")] == [0, 16, 64, 65, 66, 79]
+    assert [
+        GENEVAL_CLASSES.index(n)
+        for n in ("person", "dog", "computer mouse", "tv remote", "computer keyboard", "toothbrush")
+    ] == [0, 16, 64, 65, 66, 79]
 
 
 # ---------------------------------------------------------------- small detectors
@@ -259,7 +363,10 @@ class PaintDetector(nn.Module):
                 logits[GENEVAL_CLASSES.index(name) if mask.any() else 80] = 9.0
                 classes.append(logits)
                 masks.append(torch.where(mask, 9.0, -9.0))
-        return types.SimpleNamespace(class_queries_logits=torch.stack(classes)[None], masks_queries_logits=torch.stack(masks)[None])
+        return types.SimpleNamespace(
+            class_queries_logits=torch.stack(classes)[None],
+            masks_queries_logits=torch.stack(masks)[None],
+        )
 
 
 class NamedColours:
@@ -278,7 +385,11 @@ def scene(*patches, size=(90, 60)):
     return image
 
 
-IMAGES = [scene(("red", 10, 20)), scene(("blue", 8, 20), ("blue", 60, 20)), scene(("blue", 8, 20), ("red", 60, 20))]
+IMAGES = [
+    scene(("red", 10, 20)),
+    scene(("blue", 8, 20), ("blue", 60, 20)),
+    scene(("blue", 8, 20), ("red", 60, 20)),
+]
 
 
 def test_verdicts_from_pixels_as_a_reward():
@@ -293,14 +404,36 @@ def test_verdicts_from_pixels_as_a_reward():
 
 
 def test_folder_to_summary(tmp_path, prompts):
-    benchmarks.generate_geneval(prompts, lambda texts, seeds: [IMAGES[[m["prompt"] for m in METADATA].index(t)] for t in texts], tmp_path, images_per_prompt=2)
+    benchmarks.generate_geneval(
+        prompts,
+        lambda texts, seeds: [IMAGES[[m["prompt"] for m in METADATA].index(t)] for t in texts],
+        tmp_path,
+        images_per_prompt=2,
+    )
     Image.new("RGB", (90, 60)).save(tmp_path / "00001" / "samples" / "00001.png")
-    table = geneval.score_folder(tmp_path, GenEvalScorer(PaintDetector(), NamedColours(), device="cpu", short=96))
-    assert list(table) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]  # columns of results.jsonl
+    table = geneval.score_folder(
+        tmp_path, GenEvalScorer(PaintDetector(), NamedColours(), device="cpu", short=96)
+    )
+    assert list(table) == [
+        "filename",
+        "tag",
+        "prompt",
+        "correct",
+        "reason",
+        "metadata",
+        "details",
+    ]  # columns of results.jsonl
     assert table.correct.tolist() == [True, True, True, False, True, True]
-    assert geneval.geneval_summary(table) == {"single_object": 1.0, "counting": 0.5, "position": 1.0, "overall": pytest.approx(2.5 / 3)}
+    assert geneval.geneval_summary(table) == {
+        "single_object": 1.0,
+        "counting": 0.5,
+        "position": 1.0,
+        "overall": pytest.approx(2.5 / 3),
+    }
     with pytest.raises(ValueError, match="no images in numbered folders"):
-        geneval.score_folder(tmp_path / "00000", GenEvalScorer(PaintDetector(), NamedColours(), device="cpu"))
+        geneval.score_folder(
+            tmp_path / "00000", GenEvalScorer(PaintDetector(), NamedColours(), device="cpu")
+        )
 
 
 def test_other_detectors_and_missing_weights_are_refused(tmp_path, monkeypatch):
@@ -308,38 +441,95 @@ def test_other_detectors_and_missing_weights_are_refused(tmp_path, monkeypatch):
     detector.config = types.SimpleNamespace(num_labels=150)
     with pytest.raises(ValueError, match="knows 150 classes"):
         GenEvalScorer(detector, NamedColours())
-    with pytest.raises(RewardUnavailable, match="hf download facebook/mask2former-swin-small-coco-instance"):
+    with pytest.raises(
+        RewardUnavailable, match="hf download facebook/mask2former-swin-small-coco-instance"
+    ):
         make_reward("geneval", model=tmp_path)
 
 
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory):
     """A Mask2Former and a CLIP of transformers with random weights, saved as the published ones are."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        CLIPTokenizer,
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        SwinConfig,
+    )
 
     folder = tmp_path_factory.mktemp("geneval")
     torch.manual_seed(0)
     stages = [f"stage{i}" for i in range(1, 5)]
-    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_features=stages)
-    sizes = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2, dim_feedforward=32, encoder_feedforward_dim=32)
-    config = Mask2FormerConfig(backbone_config=swin, **sizes, encoder_layers=1, decoder_layers=2, num_queries=10, num_labels=80)
+    swin = SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1] * 4,
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=stages,
+    )
+    sizes = dict(
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        encoder_feedforward_dim=32,
+    )
+    config = Mask2FormerConfig(
+        backbone_config=swin,
+        **sizes,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=10,
+        num_labels=80,
+    )
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "detector")
     letters = [chr(i) for i in range(33, 127)]
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]).save_pretrained(folder / "clip")
+    CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]).save_pretrained(
+        folder / "clip"
+    )
     layers = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    text = dict(**layers, vocab_size=len(words), bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**layers, image_size=28, patch_size=14), projection_dim=16)).save_pretrained(folder / "clip")
+    text = dict(
+        **layers,
+        vocab_size=len(words),
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    CLIPModel(
+        CLIPConfig(
+            text_config=text,
+            vision_config=dict(**layers, image_size=28, patch_size=14),
+            projection_dim=16,
+        )
+    ).save_pretrained(folder / "clip")
     return folder
 
 
 def test_the_transformers_models_run_end_to_end(tiny_models):
-    scorer = make_reward("geneval", model=tiny_models / "detector", clip=tiny_models / "clip", device="cpu", short=64, offload=True)
+    scorer = make_reward(
+        "geneval",
+        model=tiny_models / "detector",
+        clip=tiny_models / "clip",
+        device="cpu",
+        short=64,
+        offload=True,
+    )
     assert score(scorer, IMAGES, [m["prompt"] for m in METADATA], METADATA).tolist() == [0, 0, 0]
-    found = scorer.objects(IMAGES[0], threshold=0.0)  # random weights: something is found once nothing is asked of it
-    assert found and all(f.mask.shape == (60, 90) and 0 < f.score < 1 for group in found.values() for f in group)
+    found = scorer.objects(
+        IMAGES[0], threshold=0.0
+    )  # random weights: something is found once nothing is asked of it
+    assert found and all(
+        f.mask.shape == (60, 90) and 0 < f.score < 1 for group in found.values() for f in group
+    )
     data = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
-    scorer.objects = lambda image, threshold: {"dog": [Found((10, 20, 27, 37), 0.9, np.ones((60, 90), bool))]}
+    scorer.objects = lambda image, threshold: {
+        "dog": [Found((10, 20, 27, 37), 0.9, np.ones((60, 90), bool))]
+    }
     verdict, _ = scorer.verdict(IMAGES[0], data)
     (colour,) = scorer.colours(IMAGES[0], scorer.objects(None, 0)["dog"], "dog")
     assert verdict.correct == (colour == "red") and colour in GENEVAL_COLOURS
@@ -348,16 +538,36 @@ def test_the_transformers_models_run_end_to_end(tiny_models):
 def test_colour_weights_average_unit_features(tiny_models):
     from transformers import AutoTokenizer, CLIPModel
 
-    clip, words = CLIPModel.from_pretrained(tiny_models / "clip").eval(), AutoTokenizer.from_pretrained(tiny_models / "clip")
+    clip, words = (
+        CLIPModel.from_pretrained(tiny_models / "clip").eval(),
+        AutoTokenizer.from_pretrained(tiny_models / "clip"),
+    )
     classifier = ColourClassifier(clip, words)
     with torch.no_grad():
-        tokens = words(["a photo of a green cup", "a photo of a green-colored cup", "a photo of a green object"], padding=True, return_tensors="pt")
+        tokens = words(
+            [
+                "a photo of a green cup",
+                "a photo of a green-colored cup",
+                "a photo of a green object",
+            ],
+            padding=True,
+            return_tensors="pt",
+        )
         mean = F.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1).mean(0)
-    torch.testing.assert_close(classifier.weights("cup")[GENEVAL_COLOURS.index("green")], mean / mean.norm(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        classifier.weights("cup")[GENEVAL_COLOURS.index("green")],
+        mean / mean.norm(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_cut_outs_show_the_object_on_grey():
     mask = np.zeros((60, 90), bool)
     mask[20:37, 10:20] = True
     cut = geneval.cut_out(IMAGES[0], Found((10.0, 20.0, 27.0, 37.0), 0.9, mask))
-    assert cut.size == (17, 17) and cut.getpixel((2, 5)) == (255, 0, 0) and cut.getpixel((14, 5)) == (0x99, 0x99, 0x99)
+    assert (
+        cut.size == (17, 17)
+        and cut.getpixel((2, 5)) == (255, 0, 0)
+        and cut.getpixel((14, 5)) == (0x99, 0x99, 0x99)
+    )

@@ -42,53 +42,86 @@ def bare(tmp_path):
     tools.mkdir()
 
     def setup(**variables):
-        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "TORCH_INDEX", "VIRTUAL_ENV")}
+        clean = {
+            k: v for k, v in os.environ.items() if k not in ("PYTHON", "TORCH_INDEX", "VIRTUAL_ENV")
+        }
         env = {**clean, "PATH": f"{tools}:{os.environ['PATH']}", **variables}
-        return subprocess.run([BASH, "-c", f"source {tmp_path}/repo/ci/setup; echo went on"], capture_output=True, text=True, env=env, cwd="/")
+        return subprocess.run(
+            [BASH, "-c", f"source {tmp_path}/repo/ci/setup; echo went on"],
+            capture_output=True,
+            text=True,
+            env=env,
+            cwd="/",
+        )
+
     setup.tools, setup.root = tools, tmp_path / "repo"
     return setup
 
 
 def test_a_python_that_is_too_old_or_missing_gets_one_line(bare):
     old = executable(bare.tools / "old", 'echo "3.9.2 old venv"')
-    for variables, message in (({"PYTHON": str(old)}, "is Python 3.9.2, too old: 3.11 or newer is needed"), ({"PYTHON": "/no/such"}, "does not run")):
+    for variables, message in (
+        ({"PYTHON": str(old)}, "is Python 3.9.2, too old: 3.11 or newer is needed"),
+        ({"PYTHON": "/no/such"}, "does not run"),
+    ):
         run = bare(**variables)
         assert run.returncode == 1 and "went on" not in run.stdout
         assert message in run.stderr and len(run.stderr.splitlines()) == 1
     for name in ("python", "python3", "python3.11", "python3.12", "python3.13"):
         executable(bare.tools / name, 'echo "3.10.1 old venv"')
     run = bare()
-    assert run.returncode == 1 and "3.10.1, too old" in run.stderr and len(run.stderr.splitlines()) == 1
+    assert (
+        run.returncode == 1
+        and "3.10.1, too old" in run.stderr
+        and len(run.stderr.splitlines()) == 1
+    )
 
 
 def test_a_full_disk_gets_one_line(bare):
     executable(bare.tools / "df", 'echo header; echo "/dev/disk 100 99 2048000 99% /"')
     run = bare(PYTHON=sys.executable)
-    assert run.returncode == 1 and "the disk is full: 2000 MB free" in run.stderr and len(run.stderr.splitlines()) == 1
+    assert (
+        run.returncode == 1
+        and "the disk is full: 2000 MB free" in run.stderr
+        and len(run.stderr.splitlines()) == 1
+    )
     assert not (bare.root / ".venv").exists()
 
 
 @pytest.mark.slow
 def test_a_failed_download_gets_one_line_and_is_tried_again(bare):
     for _ in range(2):
-        run = bare(PYTHON=sys.executable, PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE="/dev/null")
-        assert run.returncode == 1 and "could not be downloaded or installed: ERROR" in run.stderr and len(run.stderr.splitlines()) == 1
+        run = bare(
+            PYTHON=sys.executable, PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE="/dev/null"
+        )
+        assert (
+            run.returncode == 1
+            and "could not be downloaded or installed: ERROR" in run.stderr
+            and len(run.stderr.splitlines()) == 1
+        )
         assert not (bare.root / ".venv/stamp").exists()
 
 
 def test_the_table_counts_parts_and_goes_on_after_a_failure(tmp_path):
-    script = "fail() { echo $* >&2; exit 1; }; part_a() { true; }; part_b() { false; }; part_c() { true; }; parts=(a b c)\n" + (ROOT / "ci/parts").read_text()
+    script = (
+        "fail() { echo $* >&2; exit 1; }; part_a() { true; }; part_b() { false; }; part_c() { true; }; parts=(a b c)\n"
+        + (ROOT / "ci/parts").read_text()
+    )
     run = subprocess.run([BASH, "-c", script, "test"], capture_output=True, text=True)
     assert run.returncode == 1 and "2 of 3 parts passed, 1 failed" in run.stdout.splitlines()[-1]
     assert re.search(r"^b +FAILED", run.stdout, re.M) and re.search(r"^c +passed", run.stdout, re.M)
-    assert subprocess.run([BASH, "-c", script, "test", "a", "c"], capture_output=True).returncode == 0
+    assert (
+        subprocess.run([BASH, "-c", script, "test", "a", "c"], capture_output=True).returncode == 0
+    )
     run = subprocess.run([BASH, "-c", script, "test", "d"], capture_output=True, text=True)
     assert run.returncode == 1 and "there is no part 'd'; there are: a b c" in run.stderr
 
 
 def test_entry_points_call_the_same_scripts():
     assert re.search(r'^exec bash .*ci/test"$', (ROOT / ".ci/run").read_text(), re.M)
-    steps = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]["steps"]
+    steps = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"][
+        "steps"
+    ]
     assert {"bash ci/test", "bash ci/quickstart"} <= {step.get("run") for step in steps}
     for name in ("ci/test", "ci/full", "ci/quickstart", ".ci/run"):
         assert os.access(ROOT / name, os.X_OK), f"{name} is not executable"
@@ -96,14 +129,19 @@ def test_entry_points_call_the_same_scripts():
 
 
 def test_quickstart_and_smoke_name_notebooks_that_exist():
-    from chunk_grpo_nb.sweep import check_parameters
+    from chunk_grpo_nb.analysis.sweep import check_parameters
+
     notebook = re.search(r"^notebook=(\S+)$", (ROOT / "ci/quickstart").read_text(), re.M)[1]
     assert (ROOT / notebook).is_file()
     table = yaml.safe_load((ROOT / "ci/smoke.yaml").read_text())
     for name, parameters in table.items():
         if parameters:
             check_parameters(ROOT / "nbs" / name, parameters)
-    there = {p.relative_to(ROOT / "nbs").as_posix() for room in ("experiments", "tutorials") for p in (ROOT / "nbs" / room).glob("*.ipynb")}
+    there = {
+        p.relative_to(ROOT / "nbs").as_posix()
+        for room in ("experiments", "tutorials")
+        for p in (ROOT / "nbs" / room).glob("*.ipynb")
+    }
     assert there == set(table)
 
 
@@ -112,8 +150,17 @@ def notebook(tmp_path):
     """Writes a notebook of a room after `change(nb)` and returns what the check found."""
     check = load("check_notebooks")
 
-    def found(change=lambda nb: None, room="experiments", parameters='seed: int = 0  # s\nout_dir: str = "x"  # where'):
-        nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}, "language_info": {"name": "python"}})
+    def found(
+        change=lambda nb: None,
+        room="experiments",
+        parameters='seed: int = 0  # s\nout_dir: str = "x"  # where',
+    ):
+        nb = nbformat.v4.new_notebook(
+            metadata={
+                "kernelspec": {"name": "python3", "display_name": "python3"},
+                "language_info": {"name": "python"},
+            }
+        )
         cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
         nb.cells = [nbformat.v4.new_markdown_cell("# title"), cell, nbformat.v4.new_code_cell("1")]
         if room != "experiments":
@@ -123,6 +170,7 @@ def notebook(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(nb))
         return check.check_notebook(path)
+
     return found
 
 
@@ -133,26 +181,52 @@ def test_clean_notebooks_pass(notebook):
 def set_output(kind="stream", **fields):
     def change(nb):
         nb.cells[2].outputs = [nbformat.v4.new_output(kind, **fields)]
+
     return change
 
 
-@pytest.mark.parametrize("room, change, message", [
-    ("experiments", set_output(text="1"), "output in an experiment's source"),
-    ("nbs", lambda nb: nb.cells[2].update(outputs=[]), "has no outputs"),
-    ("nbs", set_output("error", ename="ValueError", evalue="x", traceback=[]), "error output ValueError"),
-    ("nbs", set_output(name="stderr", text="warning"), "stderr"),
-    ("nbs", set_output(text="/home/me/x"), "machine path '/home/'"),
-    ("nbs", set_output(text="x" * 500_000), "at most 400"),
-    ("nbs", lambda nb: nb.cells[0].update(source="see /Users/me"), "machine path"),
-    ("nbs", lambda nb: nb.cells[0].update(id=nb.cells[1]["id"]), "ids missing or repeated"),
-    ("nbs", lambda nb: nb.cells[1].metadata.update(collapsed=True), "stray metadata"),
-    ("nbs", lambda nb: nb.metadata.update(widgets={}), "stray notebook metadata"),
-    ("nbs", lambda nb: nb.cells[2].update(execution_count=3), "execution count"),
-    ("nbs", lambda nb: nb.cells[2].update(source="x = 1\n" * 60), "split it"),
-    ("experiments", lambda nb: nb.cells[1].update(metadata={}), "0 cells are tagged 'parameters'"),
-    ("experiments", lambda nb: nb.cells[1].update(source="seed: int = 0  # s"), "no parameter 'out_dir'"),
-    ("experiments", lambda nb: nb.cells[1].update(source="seed = 0"), "without annotation or comment"),
-    ("experiments", lambda nb: nb.cells[1].update(source='seed: int | None = None  # s\nout_dir: str = "x"  # w'), "papermill cannot read the parameters ['seed']"),
-])
+@pytest.mark.parametrize(
+    "room, change, message",
+    [
+        ("experiments", set_output(text="1"), "output in an experiment's source"),
+        ("nbs", lambda nb: nb.cells[2].update(outputs=[]), "has no outputs"),
+        (
+            "nbs",
+            set_output("error", ename="ValueError", evalue="x", traceback=[]),
+            "error output ValueError",
+        ),
+        ("nbs", set_output(name="stderr", text="warning"), "stderr"),
+        ("nbs", set_output(text="/home/me/x"), "machine path '/home/'"),
+        ("nbs", set_output(text="x" * 500_000), "at most 400"),
+        ("nbs", lambda nb: nb.cells[0].update(source="see /Users/me"), "machine path"),
+        ("nbs", lambda nb: nb.cells[0].update(id=nb.cells[1]["id"]), "ids missing or repeated"),
+        ("nbs", lambda nb: nb.cells[1].metadata.update(collapsed=True), "stray metadata"),
+        ("nbs", lambda nb: nb.metadata.update(widgets={}), "stray notebook metadata"),
+        ("nbs", lambda nb: nb.cells[2].update(execution_count=3), "execution count"),
+        ("nbs", lambda nb: nb.cells[2].update(source="x = 1\n" * 60), "split it"),
+        (
+            "experiments",
+            lambda nb: nb.cells[1].update(metadata={}),
+            "0 cells are tagged 'parameters'",
+        ),
+        (
+            "experiments",
+            lambda nb: nb.cells[1].update(source="seed: int = 0  # s"),
+            "no parameter 'out_dir'",
+        ),
+        (
+            "experiments",
+            lambda nb: nb.cells[1].update(source="seed = 0"),
+            "without annotation or comment",
+        ),
+        (
+            "experiments",
+            lambda nb: nb.cells[1].update(
+                source='seed: int | None = None  # s\nout_dir: str = "x"  # w'
+            ),
+            "papermill cannot read the parameters ['seed']",
+        ),
+    ],
+)
 def test_unclean_notebooks_are_named(notebook, room, change, message):
     assert any(message in line for line in notebook(change, room)), notebook(change, room)

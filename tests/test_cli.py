@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 from test_sweep import write
 
-from chunk_grpo_nb.cli import main, make_parser
-from chunk_grpo_nb.tiny import tiny_pipeline
+from chunk_grpo_nb.analysis.cli import main, make_parser
+from chunk_grpo_nb.models.tiny import tiny_pipeline
 
 REWARD = "test_cli:redness"
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,11 +27,41 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("cli")
     tiny_pipeline("flux").save_pretrained(home / "flux")
     (home / "prompts.txt").write_text("red circle\nblue square\n")
-    config = {"model": str(home / "flux"), "train_prompts": str(home / "prompts.txt"), "validation_prompts": str(home / "prompts.txt"), "rewards": {REWARD: 1.0},
-              "prompts_per_iteration": 2, "group_size": 2, "num_steps": 4, "chunker": "step", "fraction": 1.0, "height": 16, "width": 16, "iterations": 1,
-              "validation_images": 2, "validate_every": 1, "device": "cpu", "clip_low": 0.1, "clip_high": 0.1}
+    config = {
+        "model": str(home / "flux"),
+        "train_prompts": str(home / "prompts.txt"),
+        "validation_prompts": str(home / "prompts.txt"),
+        "rewards": {REWARD: 1.0},
+        "prompts_per_iteration": 2,
+        "group_size": 2,
+        "num_steps": 4,
+        "chunker": "step",
+        "fraction": 1.0,
+        "height": 16,
+        "width": 16,
+        "iterations": 1,
+        "validation_images": 2,
+        "validate_every": 1,
+        "device": "cpu",
+        "clip_low": 0.1,
+        "clip_high": 0.1,
+    }
     (home / "my.yaml").write_text(yaml.safe_dump(config))
-    assert main(["train", "--config", str(home / "my.yaml"), "--out", str(home / "run"), "-p", "iterations", "2"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(home / "my.yaml"),
+                "--out",
+                str(home / "run"),
+                "-p",
+                "iterations",
+                "2",
+            ]
+        )
+        == 0
+    )
     return home
 
 
@@ -41,7 +71,16 @@ def test_train_leaves_a_run_with_the_overridden_setting(home):
 
 
 def test_evaluate_writes_a_row_per_image_and_a_summary(home, capsys):
-    words = ["evaluate", str(home / "run"), "--prompts", str(home / "prompts.txt"), "--rewards", REWARD, "--images", "2"]
+    words = [
+        "evaluate",
+        str(home / "run"),
+        "--prompts",
+        str(home / "prompts.txt"),
+        "--rewards",
+        REWARD,
+        "--images",
+        "2",
+    ]
     assert main([*words, "--out", str(home / "after.parquet")]) == 0
     assert main([*words, "--base", "--out", str(home / "before.csv")]) == 0
     after, before = pd.read_parquet(home / "after.parquet"), pd.read_csv(home / "before.csv")
@@ -52,7 +91,21 @@ def test_evaluate_writes_a_row_per_image_and_a_summary(home, capsys):
 
 
 def test_sample_draws_a_row_per_prompt(home):
-    assert main(["sample", str(home / "run"), "red circle", "blue square", "--images", "3", "--out", str(home / "grid.png")]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(home / "run"),
+                "red circle",
+                "blue square",
+                "--images",
+                "3",
+                "--out",
+                str(home / "grid.png"),
+            ]
+        )
+        == 0
+    )
     width, height = Image.open(home / "grid.png").size
     assert width > height > 96
 
@@ -85,25 +138,37 @@ def test_run_and_sweep(home, capsys):
     assert "failed: all-seed=9" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, message", [
-    ("train --out {home}/new -p learning_rat 1.0e-4", "did you mean 'learning_rate'"),
-    ("train --out {home}/new -p learning_rate 1e-4", "1.0e-5, not 1e-5"),
-    ("train --out {home}/new -p seed 1 -p seed 2", "seed is given twice"),
-    ("train --out {home}/new -p rewards {{a:", "not readable as YAML"),
-    ("train --config {home}/none.yaml --out {home}/new", "no file"),
-    ("train --config {home}/my.yaml --out {home}/run", "holds a run already"),
-    ("evaluate {home}/nothing --out {home}/x.parquet --prompts {home}/prompts.txt --rewards test_cli:redness", "no such folder"),
-    ("evaluate {home}/run --out {home}/x.parquet --rewards shapes_strikt --prompts {home}/prompts.txt", "shapes_strikt"),
-    ("evaluate {home}/run --out {home}/x.parquet --rewards test_cli:redness --prompts {home}/none.txt", "none.txt"),
-    ("evaluate {home}/run --out {home}/x.xlsx", "must end in .parquet or .csv"),
-    ("sample {home}/run red --images 0 --out {home}/x.png", "at least 1"),
-    ("report {home}", "not a run folder"),
-    ("run {home}/none.ipynb", "no notebook"),
-    ("sweep {home}/none.yaml", "no sweep file"),
-    ("plan --model someone/unknown-model", "not known offline"),
-    ("plan --model {home}/flux --resolution big", "write 720"),
-    ("plan --model {home}/flux --gpu 80", "80GB or 79GiB"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("train --out {home}/new -p learning_rat 1.0e-4", "did you mean 'learning_rate'"),
+        ("train --out {home}/new -p learning_rate 1e-4", "1.0e-5, not 1e-5"),
+        ("train --out {home}/new -p seed 1 -p seed 2", "seed is given twice"),
+        ("train --out {home}/new -p rewards {{a:", "not readable as YAML"),
+        ("train --config {home}/none.yaml --out {home}/new", "no file"),
+        ("train --config {home}/my.yaml --out {home}/run", "holds a run already"),
+        (
+            "evaluate {home}/nothing --out {home}/x.parquet --prompts {home}/prompts.txt --rewards test_cli:redness",
+            "no such folder",
+        ),
+        (
+            "evaluate {home}/run --out {home}/x.parquet --rewards shapes_strikt --prompts {home}/prompts.txt",
+            "shapes_strikt",
+        ),
+        (
+            "evaluate {home}/run --out {home}/x.parquet --rewards test_cli:redness --prompts {home}/none.txt",
+            "none.txt",
+        ),
+        ("evaluate {home}/run --out {home}/x.xlsx", "must end in .parquet or .csv"),
+        ("sample {home}/run red --images 0 --out {home}/x.png", "at least 1"),
+        ("report {home}", "not a run folder"),
+        ("run {home}/none.ipynb", "no notebook"),
+        ("sweep {home}/none.yaml", "no sweep file"),
+        ("plan --model someone/unknown-model", "not known offline"),
+        ("plan --model {home}/flux --resolution big", "write 720"),
+        ("plan --model {home}/flux --gpu 80", "80GB or 79GiB"),
+    ],
+)
 def test_refusals_are_one_line_and_leave_nothing(home, capsys, words, message):
     before = sorted(p.name for p in home.iterdir())
     assert main([w.format(home=home) for w in words.split(" ")]) == 2
@@ -127,8 +192,13 @@ def test_every_command_explains_itself(capsys):
 
 
 def test_the_installed_command_answers_without_heavy_imports():
-    run = subprocess.run([Path(sys.executable).parent / "chunk-grpo", "--help"], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(
+        [Path(sys.executable).parent / "chunk-grpo", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert run.returncode == 0 and "train" in run.stdout, run.stderr
-    code = "import sys; from chunk_grpo_nb.cli import make_parser; make_parser(); print([m for m in ('diffusers', 'pandas', 'matplotlib', 'papermill') if m in sys.modules])"
+    code = "import sys; from chunk_grpo_nb.analysis.cli import make_parser; make_parser(); print([m for m in ('diffusers', 'pandas', 'matplotlib', 'papermill') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr

@@ -16,7 +16,9 @@ def gen():
 
 
 def test_hand_values():
-    walk = torch.tensor([[[[3.0], [4.0]], [[0.0], [0.0]]], [[[1.0], [1.0]], [[1.0], [-1.0]]]])  # (2, 2, 2, 1)
+    walk = torch.tensor(
+        [[[[3.0], [4.0]], [[0.0], [0.0]]], [[[1.0], [1.0]], [[1.0], [-1.0]]]]
+    )  # (2, 2, 2, 1)
     torch.testing.assert_close(relative_distance(walk), torch.tensor([[1.0], [1.0]]))
     torch.testing.assert_close(relative_distance(walk, "l2"), torch.tensor([[1.0], [2.0 / 2**0.5]]))
     torch.testing.assert_close(relative_distance(walk[1:], "cosine"), torch.tensor([[1.0]]))
@@ -25,9 +27,18 @@ def test_hand_values():
 def test_references(gen):
     trajectory = torch.randn(3, 6, 4, 2, 2, dtype=torch.float64, generator=gen)
     x = trajectory.flatten(2)
-    torch.testing.assert_close(relative_distance(trajectory), (x[:, :-1] - x[:, 1:]).norm(p=1, dim=-1) / x[:, :-1].norm(p=1, dim=-1))
-    torch.testing.assert_close(relative_distance(trajectory, "l2"), (x[:, :-1] - x[:, 1:]).norm(dim=-1) / x[:, :-1].norm(dim=-1))
-    torch.testing.assert_close(relative_distance(trajectory, "cosine"), 1 - torch.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1))
+    torch.testing.assert_close(
+        relative_distance(trajectory),
+        (x[:, :-1] - x[:, 1:]).norm(p=1, dim=-1) / x[:, :-1].norm(p=1, dim=-1),
+    )
+    torch.testing.assert_close(
+        relative_distance(trajectory, "l2"),
+        (x[:, :-1] - x[:, 1:]).norm(dim=-1) / x[:, :-1].norm(dim=-1),
+    )
+    torch.testing.assert_close(
+        relative_distance(trajectory, "cosine"),
+        1 - torch.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1),
+    )
     assert relative_distance(trajectory[:, :-1]).shape == (3, 4)
 
 
@@ -36,14 +47,20 @@ def test_precision_scale_and_gradient(metric, gen):
     trajectory = torch.randn(2, 4, 5, dtype=torch.float64, generator=gen)
     assert relative_distance(trajectory, metric).dtype == torch.float64
     assert relative_distance(trajectory.bfloat16(), metric).dtype == torch.float32
-    torch.testing.assert_close(relative_distance(trajectory * 7, metric), relative_distance(trajectory, metric))
-    assert torch.autograd.gradcheck(lambda x: relative_distance(x, metric), trajectory.requires_grad_())
+    torch.testing.assert_close(
+        relative_distance(trajectory * 7, metric), relative_distance(trajectory, metric)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: relative_distance(x, metric), trajectory.requires_grad_()
+    )
 
 
 def test_small_angles_keep_their_digits():
     turn = 1e-4
     states = torch.tensor([[[1.0, 0.0], [1.0, turn]]])
-    torch.testing.assert_close(relative_distance(states, "cosine"), torch.tensor([[turn**2 / 2]]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        relative_distance(states, "cosine"), torch.tensor([[turn**2 / 2]]), rtol=1e-3, atol=0
+    )
 
 
 def test_a_metric_is_one_function():
@@ -52,7 +69,10 @@ def test_a_metric_is_one_function():
         return (before - after).abs().amax(-1) / before.abs().amax(-1)
 
     try:
-        torch.testing.assert_close(relative_distance(torch.tensor([[[2.0, 1.0], [2.0, 0.0]]]), "max"), torch.tensor([[0.5]]))
+        torch.testing.assert_close(
+            relative_distance(torch.tensor([[[2.0, 1.0], [2.0, 0.0]]]), "max"),
+            torch.tensor([[0.5]]),
+        )
     finally:
         del METRICS["max"]
 
@@ -77,6 +97,7 @@ def test_zero_latents_and_bad_shapes_and_metrics_are_refused(gen):
 
 # The summary
 
+
 def by_loops(curves, groups):
     """The decomposition as written in the notebook, one sum at a time."""
     n, steps = curves.shape
@@ -95,10 +116,17 @@ def by_loops(curves, groups):
 def test_shares_equal_the_long_sums_also_for_uneven_groups(seed, steps, offset):
     gen = torch.Generator().manual_seed(seed)
     groups = torch.tensor([4, 4, 4, 9, 9, 0, 0, 0, 0])
-    curves = torch.randn(9, steps, generator=gen, dtype=torch.float64) + torch.arange(steps) + groups[:, None] * 0.1 + offset
+    curves = (
+        torch.randn(9, steps, generator=gen, dtype=torch.float64)
+        + torch.arange(steps)
+        + groups[:, None] * 0.1
+        + offset
+    )
     found = dynamics_summary(curves, groups, num_resamples=10)
     step, group = by_loops(curves, groups)
-    assert found.step_share == pytest.approx(step, abs=1e-9) and found.group_share == pytest.approx(group, abs=1e-9)
+    assert found.step_share == pytest.approx(step, abs=1e-9) and found.group_share == pytest.approx(
+        group, abs=1e-9
+    )
     assert 0 <= found.step_share <= 1
 
 
@@ -111,24 +139,45 @@ def test_mean_spread_counts_and_frozen(gen):
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.step_share = 1.0
     alone = dynamics_summary(curves)
-    assert alone.step_share == pytest.approx(found.step_share) and alone.group_share is alone.group_interval is alone.num_groups is None
+    assert (
+        alone.step_share == pytest.approx(found.step_share)
+        and alone.group_share is alone.group_interval is alone.num_groups is None
+    )
 
 
 def test_intervals_contain_the_estimate_repeat_and_widen(gen):
     groups = torch.arange(10).repeat_interleave(6)
-    curves = torch.linspace(1, 0, 8) + 0.2 * torch.randn(60, 8, generator=gen) + 0.2 * torch.randn(10, 1, generator=gen)[groups]
-    found, again, wide = dynamics_summary(curves, groups), dynamics_summary(curves, groups), dynamics_summary(curves, groups, confidence=0.99)
-    for low, value, high in ((*found.step_interval[:1], found.step_share, found.step_interval[1]), (found.group_interval[0], found.group_share, found.group_interval[1])):
+    curves = (
+        torch.linspace(1, 0, 8)
+        + 0.2 * torch.randn(60, 8, generator=gen)
+        + 0.2 * torch.randn(10, 1, generator=gen)[groups]
+    )
+    found, again, wide = (
+        dynamics_summary(curves, groups),
+        dynamics_summary(curves, groups),
+        dynamics_summary(curves, groups, confidence=0.99),
+    )
+    for low, value, high in (
+        (*found.step_interval[:1], found.step_share, found.step_interval[1]),
+        (found.group_interval[0], found.group_share, found.group_interval[1]),
+    ):
         assert low < value < high
-    assert found.step_interval == again.step_interval and found.group_interval == again.group_interval
-    assert wide.step_interval[0] < found.step_interval[0] and wide.step_interval[1] > found.step_interval[1]
+    assert (
+        found.step_interval == again.step_interval and found.group_interval == again.group_interval
+    )
+    assert (
+        wide.step_interval[0] < found.step_interval[0]
+        and wide.step_interval[1] > found.step_interval[1]
+    )
 
 
 def test_prompts_without_effect_are_seldom_found():
     groups = torch.arange(12).repeat_interleave(8)
     covered = 0
     for seed in range(40):
-        curves = torch.linspace(1, 0, 16) + 0.1 * torch.randn(96, 16, generator=torch.Generator().manual_seed(seed))
+        curves = torch.linspace(1, 0, 16) + 0.1 * torch.randn(
+            96, 16, generator=torch.Generator().manual_seed(seed)
+        )
         low, high = dynamics_summary(curves, groups, num_resamples=300).group_interval
         covered += low <= 0 <= high
     assert covered >= 30
@@ -152,7 +201,9 @@ def test_bad_curves_are_named(curves, groups, message):
         dynamics_summary(curves, groups)
 
 
-@pytest.mark.parametrize("options", [{"confidence": 1.0}, {"confidence": 0.0}, {"num_resamples": 0}])
+@pytest.mark.parametrize(
+    "options", [{"confidence": 1.0}, {"confidence": 0.0}, {"num_resamples": 0}]
+)
 def test_bad_bootstrap_options_are_named(options):
     with pytest.raises(ValueError, match="confidence="):
         dynamics_summary(torch.rand(4, 3), **options)

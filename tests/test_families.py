@@ -4,13 +4,15 @@ import pytest
 import torch
 from tiny import CHECKS, FAMILIES, draw, quiet, tiny_policy, tiny_sampler
 
-from chunk_grpo_nb.families import FAMILIES as DECLARED
-from chunk_grpo_nb.families import Family, family_of, register_family
+from chunk_grpo_nb.models.families import FAMILIES as DECLARED
+from chunk_grpo_nb.models.families import Family, family_of, register_family
 
 quiet()
 
 
-@pytest.mark.parametrize("check", CHECKS.values(), ids=[c.__name__.removeprefix("check_") for c in CHECKS.values()])
+@pytest.mark.parametrize(
+    "check", CHECKS.values(), ids=[c.__name__.removeprefix("check_") for c in CHECKS.values()]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, check):
     check(name)
@@ -34,13 +36,16 @@ def test_unknown_pipelines_are_refused_with_the_reason():
     class UnetPipeline:
         unet = None
 
-    with pytest.raises(ValueError, match="UnetPipeline cannot be recorded and replayed: it has no `transformer`.*FluxPipeline"):
+    with pytest.raises(
+        ValueError,
+        match="UnetPipeline cannot be recorded and replayed: it has no `transformer`.*FluxPipeline",
+    ):
         family_of(UnetPipeline())
     with pytest.raises(ValueError, match="not declared.*register_family"):
         family_of("HunyuanImagePipeline")
 
 
 def test_a_new_family_is_one_declaration(monkeypatch):
-    monkeypatch.setattr("chunk_grpo_nb.families.FAMILIES", dict(DECLARED))
+    monkeypatch.setattr("chunk_grpo_nb.models.families.FAMILIES", dict(DECLARED))
     mine = register_family(Family("mine", ("MyPipeline",), row_args=("timestep",)))
     assert family_of("MyPipeline") is mine and "MyPipeline" not in DECLARED

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chunk_grpo_nb.config import load_config
+from chunk_grpo_nb.training.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "data/launch"
@@ -25,6 +25,7 @@ def test_every_kind_of_launch_has_a_file():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_accelerate_accepts_the_configuration(path):
     from accelerate.commands.config.config_args import load_config_from_file
+
     config = load_config_from_file(str(path))  # refuses unknown keys
     assert config.num_processes == (1 if path.stem == "one_gpu" else 8 * config.num_machines)
     assert config.mixed_precision in (None, "no"), "precision belongs to the parameter file"
@@ -35,7 +36,10 @@ def plugin_of(path: Path, monkeypatch):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.launch import prepare_multi_gpu_env
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "train.py"]))
+
+    args, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    )
     for name, value in prepare_multi_gpu_env(args).items():
         if name.startswith(("FSDP_", "ACCELERATE_")):
             monkeypatch.setenv(name, value)
@@ -45,7 +49,11 @@ def plugin_of(path: Path, monkeypatch):
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_two_nodes"])
 def test_fsdp_words_reach_the_plugin(name, monkeypatch):
     plugin = plugin_of(LAUNCH / f"{name}.yaml", monkeypatch)
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and not plugin.cpu_ram_efficient_loading
+    assert (
+        plugin.fsdp_version == 2
+        and plugin.reshard_after_forward is True
+        and not plugin.cpu_ram_efficient_loading
+    )
     assert plugin.auto_wrap_policy is not None and not plugin.activation_checkpointing
 
 
@@ -55,22 +63,43 @@ def test_deepspeed_files_are_complete(stage):
     yaml_file = yaml.safe_load((LAUNCH / f"deepspeed_zero{stage}.yaml").read_text())
     file = json.loads((ROOT / yaml_file["deepspeed_config"]["deepspeed_config_file"]).read_text())
     assert file["zero_optimization"]["stage"] == stage and "gradient_clipping" not in file
-    assert yaml_file["deepspeed_config"]["zero3_init_flag"] is False, "the trainer loads whole models, then shards one"
+    assert yaml_file["deepspeed_config"]["zero3_init_flag"] is False, (
+        "the trainer loads whole models, then shards one"
+    )
 
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
 def test_parameter_files_load(path):
     config = load_config(path)
-    assert (config.num_steps, config.noise_level, config.shift, config.group_size, config.chunker) == (17, 0.7, 3.0, 12, "fixed:2,3,4,7")
+    assert (
+        config.num_steps,
+        config.noise_level,
+        config.shift,
+        config.group_size,
+        config.chunker,
+    ) == (17, 0.7, 3.0, 12, "fixed:2,3,4,7")
 
 
 def test_the_papers_settings():
     c = load_config(LAUNCH / "flux_dev_paper.yaml")
-    assert c.model == "black-forest-labs/FLUX.1-dev" and c.rewards == {"hpsv3": 1.0} and c.lora_rank == 0
+    assert (
+        c.model == "black-forest-labs/FLUX.1-dev"
+        and c.rewards == {"hpsv3": 1.0}
+        and c.lora_rank == 0
+    )
     assert (c.learning_rate, c.weight_decay, c.max_grad_norm) == (1e-5, 1e-4, 0.01)
-    assert (c.height, c.width, c.guidance_scale, c.same_noise, c.fraction) == (720, 720, 3.5, True, 0.5)
+    assert (c.height, c.width, c.guidance_scale, c.same_noise, c.fraction) == (
+        720,
+        720,
+        3.5,
+        True,
+        0.5,
+    )
     assert (c.clip_low, c.clip_high, c.advantage_clip, c.kl_weight) == (5e-5, 5e-5, 5.0, 0.0)
-    assert c.prompts_per_iteration == 2 * yaml.safe_load((LAUNCH / "fsdp2.yaml").read_text())["num_processes"]
+    assert (
+        c.prompts_per_iteration
+        == 2 * yaml.safe_load((LAUNCH / "fsdp2.yaml").read_text())["num_processes"]
+    )
     assert c.iterations * c.updates_per_iteration == 150
 
 
@@ -78,24 +107,52 @@ def test_sharded_gradients_equal_unsharded_ones(tmp_path):
     """`fully_shard` on two gloo processes, float64: LoRA and all weights, first and later updates, uneven and idle processes."""
     out = tmp_path / "found.json"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "tests/fsdp_run.py"), str(out)]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "tests/fsdp_run.py"),
+        str(out),
+    ]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert set(found) == {"lora", "full", "first update", "uneven passes", "one process idle", "kl, one process idle"}
+    assert set(found) == {
+        "lora",
+        "full",
+        "first update",
+        "uneven passes",
+        "one process idle",
+        "kl, one process idle",
+    }
     assert max(found.values()) < 1e-10, found
 
 
 def both_trainings(script: str, mode: str, folder: Path, *words: str):
     """Train, resume and finish on one process and on two; the two runs."""
-    from chunk_grpo_nb.records import RunFolder
-    from chunk_grpo_nb.tiny import tiny_pipeline
+    from chunk_grpo_nb.models.tiny import tiny_pipeline
+    from chunk_grpo_nb.training.records import RunFolder
+
     tiny_pipeline("flux").save_pretrained(folder / "pipe")
     (folder / "prompts.txt").write_text("red circle\nblue square\ntwo circle\n")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    for name, head in ((f"{mode}_one", []), (f"{mode}_two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    for name, head in (
+        (f"{mode}_one", []),
+        (f"{mode}_two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
+    ):
         command = [sys.executable, *head, str(ROOT / "tests" / script), str(folder), name, *words]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, cwd=ROOT)
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=400, cwd=ROOT
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (RunFolder.open(folder / f"{mode}_{n}") for n in ("one", "two"))
     assert two.manifest["processes"] == 2
@@ -107,11 +164,15 @@ def assert_same_training(one, two, rtol: float, atol: float) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from chunk_grpo_nb.records import read_rows
+    from chunk_grpo_nb.training.records import read_rows
+
     a, b = (torch.tensor(read_rows(r)["grad_norm"]) for r in (one, two))
     torch.testing.assert_close(a, b, rtol=rtol, atol=0)
     x, y = (load_file(next((r.path / "policy").rglob("*.safetensors"))) for r in (one, two))
-    assert x.keys() == y.keys() and max((x[k].float() - y[k].float()).abs().max().item() for k in x) < atol
+    assert (
+        x.keys() == y.keys()
+        and max((x[k].float() - y[k].float()).abs().max().item() for k in x) < atol
+    )
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -125,20 +186,58 @@ def test_training_with_sharded_weights_is_the_same_training(tmp_path, mode):
 @pytest.mark.parametrize("mode", ["lora", "full", "full_bf16"])
 def test_training_under_deepspeed_is_the_same_training(tmp_path, mode, stage):
     """The same under DeepSpeed ZeRO-2 and ZeRO-3, with the engine's own reduction, clipping, step and checkpoints."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed, or run ci/full")
+    pytest.importorskip(
+        "deepspeed", reason="DeepSpeed is not installed: pip install deepspeed, or run ci/full"
+    )
     one, two = both_trainings("deepspeed_train.py", mode, tmp_path, stage)
-    assert_same_training(one, two, **({"rtol": 0.05, "atol": 1e-2} if "bf16" in mode else {"rtol": 1e-5, "atol": 1e-6}))
-    assert sorted(p.name for p in (two.path / "checkpoints").glob("[di]*_0*")) == ["deepspeed_000002", "deepspeed_000003", "iteration_000002.pt", "iteration_000003.pt"]
+    assert_same_training(
+        one,
+        two,
+        **({"rtol": 0.05, "atol": 1e-2} if "bf16" in mode else {"rtol": 1e-5, "atol": 1e-6}),
+    )
+    assert sorted(p.name for p in (two.path / "checkpoints").glob("[di]*_0*")) == [
+        "deepspeed_000002",
+        "deepspeed_000003",
+        "iteration_000002.pt",
+        "iteration_000003.pt",
+    ]
 
 
 def test_the_gpu_benchmark_runs_small(tmp_path):
     """So that it is ready when there is a GPU: every stage of the LoRA arm, on a tiny transformer."""
     out = tmp_path / "found.json"
-    done = subprocess.run([sys.executable, str(ROOT / "ci/gpu_benchmark.py"), str(out), "--size", "tiny", "--arms", "lora"], capture_output=True, text=True, timeout=400, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "ci/gpu_benchmark.py"),
+            str(out),
+            "--size",
+            "tiny",
+            "--arms",
+            "lora",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     arm = found["lora"]
     assert "failed" not in arm, arm
-    assert {"sample_and_decode", "gradient_on_policy", "optimizer_step", "whole_chunks", "streamed_4", "streamed_1", "precision_by_micro_batch", "iteration_seconds"} <= set(arm)
-    assert arm["latents_finite"] and arm["streamed_gradient_relative_difference"] < 1e-3 and found["size"] == "tiny"
+    assert {
+        "sample_and_decode",
+        "gradient_on_policy",
+        "optimizer_step",
+        "whole_chunks",
+        "streamed_4",
+        "streamed_1",
+        "precision_by_micro_batch",
+        "iteration_seconds",
+    } <= set(arm)
+    assert (
+        arm["latents_finite"]
+        and arm["streamed_gradient_relative_difference"] < 1e-3
+        and found["size"] == "tiny"
+    )

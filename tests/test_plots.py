@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chunk_grpo_nb.config import Config
-from chunk_grpo_nb.plots import (
+from chunk_grpo_nb.analysis.plots import (
     change_by_kind,
     metrics_table,
     plot_arms,
@@ -22,7 +21,8 @@ from chunk_grpo_nb.plots import (
     run_figures,
     smooth,
 )
-from chunk_grpo_nb.records import RunFolder, log_row
+from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.records import RunFolder, log_row
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +47,29 @@ def test_dynamics_show_the_mean_and_the_boundaries(tmp_path):
 
 
 def test_training_curves_average_where_all_seeds_have_a_value(tmp_path):
-    rows = [{"arm": "a", "seed": s, "step": t, "reward": s + t} for s in range(3) for t in range(4 if s else 6)]
+    rows = [
+        {"arm": "a", "seed": s, "step": t, "reward": s + t}
+        for s in range(3)
+        for t in range(4 if s else 6)
+    ]
     ax = save(plot_training(pd.DataFrame(rows), "reward"), tmp_path).axes[0]
     thick = max(ax.lines, key=lambda line: line.get_linewidth())
-    assert np.allclose(thick.get_xdata(), range(4)) and np.allclose(thick.get_ydata(), 1 + np.arange(4))
+    assert np.allclose(thick.get_xdata(), range(4)) and np.allclose(
+        thick.get_ydata(), 1 + np.arange(4)
+    )
     with pytest.raises(KeyError, match="no column 'rewrd'"):
         plot_training(pd.DataFrame(rows), "rewrd")
 
 
 def test_training_curves_in_panels_beside_a_baseline(tmp_path):
-    table = pd.DataFrame([{"arm": a, "seed": s, "step": t, "reward": s + t + i} for i, a in enumerate("abcde") for s in range(2) for t in range(3)])
+    table = pd.DataFrame(
+        [
+            {"arm": a, "seed": s, "step": t, "reward": s + t + i}
+            for i, a in enumerate("abcde")
+            for s in range(2)
+            for t in range(3)
+        ]
+    )
     figure = save(plot_training(table, "reward", baseline="b"), tmp_path)
     shown = [ax for ax in figure.axes if ax.get_visible()]
     assert [ax.get_title().split(",")[0] for ax in shown] == ["a", "c", "d", "e"]
@@ -68,10 +81,25 @@ def test_training_curves_in_panels_beside_a_baseline(tmp_path):
 
 
 def test_changes_of_several_arms_by_kind(tmp_path):
-    changes = pd.DataFrame([{"arm": a, "kind": k, "change": c, "low": c - 0.1, "high": c + 0.1} for a, k, c in [("x", "one", 0.3), ("x", "two", 0.05), ("y", "one", -0.2), ("y", "two", 0.0)]])
+    changes = pd.DataFrame(
+        [
+            {"arm": a, "kind": k, "change": c, "low": c - 0.1, "high": c + 0.1}
+            for a, k, c in [
+                ("x", "one", 0.3),
+                ("x", "two", 0.05),
+                ("y", "one", -0.2),
+                ("y", "two", 0.0),
+            ]
+        ]
+    )
     changes.loc[1, "low"] = 1e-17  # 0 up to rounding
     ax = save(plot_kinds(changes, "change"), tmp_path).axes[0]
-    assert {t.get_text(): t.get_fontweight() for t in ax.texts} == {"+0.300": "bold", "+0.050": "normal", "-0.200": "bold", "+0.000": "normal"}
+    assert {t.get_text(): t.get_fontweight() for t in ax.texts} == {
+        "+0.300": "bold",
+        "+0.050": "normal",
+        "-0.200": "bold",
+        "+0.000": "normal",
+    }
 
 
 def test_smoothing_stays_inside_a_run():
@@ -80,13 +108,26 @@ def test_smoothing_stays_inside_a_run():
 
 
 def test_arms_figure_with_one_and_three_seeds(tmp_path):
-    table = pd.DataFrame({"arm": ["a", "b"] * 3, "seed": [0, 0, 1, 1, 2, 2], "r": [1.0, 2.0, 5.0, 6.1, 9.0, 9.9]})
+    table = pd.DataFrame(
+        {"arm": ["a", "b"] * 3, "seed": [0, 0, 1, 1, 2, 2], "r": [1.0, 2.0, 5.0, 6.1, 9.0, 9.9]}
+    )
     assert len(save(plot_arms(table, "r", "a"), tmp_path).axes) == 2
     save(plot_arms(table.iloc[:2], "r", "a"), tmp_path)
 
 
 def evaluation(shift=0.0, prompts=12):
-    return pd.DataFrame([{"prompt_index": p, "image": g, "kind": "two" if p % 2 else "single", "r": p + g + shift * (p % 2)} for p in range(prompts) for g in range(2)])
+    return pd.DataFrame(
+        [
+            {
+                "prompt_index": p,
+                "image": g,
+                "kind": "two" if p % 2 else "single",
+                "r": p + g + shift * (p % 2),
+            }
+            for p in range(prompts)
+            for g in range(2)
+        ]
+    )
 
 
 def test_change_is_taken_over_prompts_and_by_kind(tmp_path):
@@ -118,14 +159,40 @@ def test_figures_of_a_run(tmp_path):
         metrics_table({("a", 0): run})
     for i in range(3):
         for u in range(2):
-            log_row(run, {"iteration": i, "update": u, "reward_shapes_dense": 0.1 * i, "grad_norm": 1.0, "evaluations_sampled": 10, "evaluations_trained": 5,
-                          "log_prob_shift": [0.1, None, 0.3, 0.4], "ratio_std": [0.1, 0.2]})
-        log_row(run, {"iteration": i, "mean": [0.9, 0.5, 0.3, 0.2], "std": [0.1] * 4, "chunk_sizes": [[2, 2]]}, "dynamics")
+            log_row(
+                run,
+                {
+                    "iteration": i,
+                    "update": u,
+                    "reward_shapes_dense": 0.1 * i,
+                    "grad_norm": 1.0,
+                    "evaluations_sampled": 10,
+                    "evaluations_trained": 5,
+                    "log_prob_shift": [0.1, None, 0.3, 0.4],
+                    "ratio_std": [0.1, 0.2],
+                },
+            )
+        log_row(
+            run,
+            {
+                "iteration": i,
+                "mean": [0.9, 0.5, 0.3, 0.2],
+                "std": [0.1] * 4,
+                "chunk_sizes": [[2, 2]],
+            },
+            "dynamics",
+        )
         log_row(run, {"iteration": i, "shapes_dense": 0.5}, "validation")
     table = metrics_table({("a", 0): run})
     assert table.step.tolist() == [1, 2, 3, 4, 5, 6] and set(table.evaluations) == {15}
     figures = run_figures(run)
-    assert {"reward_shapes_dense", "grad_norm", "log_prob_shift", "dynamics", "validation_shapes_dense"} <= set(figures)
+    assert {
+        "reward_shapes_dense",
+        "grad_norm",
+        "log_prob_shift",
+        "dynamics",
+        "validation_shapes_dense",
+    } <= set(figures)
     for figure in figures.values():
         save(figure, tmp_path)
     assert json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])["iteration"] == 0

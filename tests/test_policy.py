@@ -18,10 +18,10 @@ from tiny import (
     tiny_sampler,
 )
 
-from chunk_grpo_nb.policy import Policy, ReplayError, Sampler, check_replay, load_policy
-from chunk_grpo_nb.recording import flow_scheduler
+from chunk_grpo_nb.models.policy import Policy, ReplayError, Sampler, check_replay, load_policy
+from chunk_grpo_nb.models.recording import flow_scheduler
+from chunk_grpo_nb.models.tiny import tiny_pipeline
 from chunk_grpo_nb.schedules import sigma_schedule
-from chunk_grpo_nb.tiny import tiny_pipeline
 
 quiet()
 
@@ -44,8 +44,16 @@ def test_shapes_dtypes_and_what_is_stored_once(flux, recording):
     assert recording.sigmas.shape == (6,) and recording.sigmas[0] == 1 and recording.sigmas[-1] == 0
     assert recording.log_probs.shape == (3, 4) and recording.velocities.shape == (3, 5, 16, 4)
     (call,) = recording.calls
-    assert {name: len(values) for name, (values, _) in call.constant.items()} == {"guidance": 2, "pooled_projections": 2, "encoder_hidden_states": 2}
-    assert set(call.varying) == {"timestep"} and "hidden_states" not in {*call.shared, *call.constant, *call.varying}
+    assert {name: len(values) for name, (values, _) in call.constant.items()} == {
+        "guidance": 2,
+        "pooled_projections": 2,
+        "encoder_hidden_states": 2,
+    }
+    assert set(call.varying) == {"timestep"} and "hidden_states" not in {
+        *call.shared,
+        *call.constant,
+        *call.varying,
+    }
 
 
 @pytest.mark.parametrize("kind", ["flow", "dance", "cps"])
@@ -63,12 +71,16 @@ def test_an_image_depends_on_its_own_seeds_only(flux, recording):
     alone = flux.sample(PROMPTS[2:], tiny_sampler(), [3], [6])
     torch.testing.assert_close(alone.latents[0], recording.latents[2], rtol=1e-4, atol=1e-5)
     other = flux.sample(PROMPTS[2:], tiny_sampler(), [3], [7])
-    assert torch.equal(other.latents[:, 0], alone.latents[:, 0]) and not torch.allclose(other.latents[:, 1], alone.latents[:, 1])
+    assert torch.equal(other.latents[:, 0], alone.latents[:, 0]) and not torch.allclose(
+        other.latents[:, 1], alone.latents[:, 1]
+    )
 
 
 def test_the_same_seeds_give_the_same_bits(flux, recording):
     again = draw(flux, tiny_sampler())
-    assert torch.equal(again.latents, recording.latents) and torch.equal(again.log_probs, recording.log_probs)
+    assert torch.equal(again.latents, recording.latents) and torch.equal(
+        again.log_probs, recording.log_probs
+    )
 
 
 def test_sampling_leaves_the_pipeline_as_it_was(flux):
@@ -85,9 +97,15 @@ def test_shift_none_is_the_pipelines_own_and_a_number_is_static(name):
     policy = tiny_policy(name, lora_rank=2)
     own = draw(policy, tiny_sampler(name)).sigmas
     stock_images(policy, name, output_type="latent")
-    torch.testing.assert_close(draw(policy, tiny_sampler(name, shift=3.0)).sigmas, sigma_schedule(5, 3.0).float())
+    torch.testing.assert_close(
+        draw(policy, tiny_sampler(name, shift=3.0)).sigmas, sigma_schedule(5, 3.0).float()
+    )
     scheduler = flow_scheduler(policy.pipe)
-    options = {"sigmas": [1, 0.8, 0.6, 0.4, 0.2], "mu": 0.4567} if name == "flux" else {"num_inference_steps": 5}
+    options = (
+        {"sigmas": [1, 0.8, 0.6, 0.4, 0.2], "mu": 0.4567}
+        if name == "flux"
+        else {"num_inference_steps": 5}
+    )
     scheduler.set_timesteps(**options)
     assert own.shape == scheduler.sigmas.shape
     if name == "sd3":
@@ -126,13 +144,19 @@ def test_gradient_checkpointing_gives_the_same_gradient(recording):
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_bfloat16_keeps_float32_states_and_log_probs(how):
     pipe = tiny_pipeline("flux")
-    policy = load_policy(pipe.to(dtype=torch.bfloat16), lora_rank=2) if how == "weights" else load_policy(pipe, lora_rank=2, autocast="bfloat16")
+    policy = (
+        load_policy(pipe.to(dtype=torch.bfloat16), lora_rank=2)
+        if how == "weights"
+        else load_policy(pipe, lora_rank=2, autocast="bfloat16")
+    )
     drawn = draw(policy, tiny_sampler())
     assert drawn.latents.dtype == drawn.log_probs.dtype == torch.float32
     assert not torch.equal(drawn.latents[:, 1], drawn.latents[:, 1].bfloat16().float())
     assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
     equal, single = check_replay(policy, drawn), check_replay(policy, drawn, batch=1)
-    print(f"bfloat16 {how}: |Δ log_prob| {equal['log_prob_error']:.1e} in the rollout's batch shape, {single['log_prob_error']:.1e} one image at a time")
+    print(
+        f"bfloat16 {how}: |Δ log_prob| {equal['log_prob_error']:.1e} in the rollout's batch shape, {single['log_prob_error']:.1e} one image at a time"
+    )
     assert equal["log_prob_error"] == 0 and single["log_prob_error"] < 5e-3
     assert policy.decode(drawn)[0].size == (8, 8)
 
@@ -183,7 +207,9 @@ def test_hybrid_inference_ends_with_the_base():
     disturb(policy, 0.3)
     plain = tiny_sampler(kind="ode")
     trained, hybrid = draw(policy, plain), draw(policy, plain, hybrid_steps=2)
-    assert torch.equal(hybrid.latents[:, :3], trained.latents[:, :3]) and not torch.equal(hybrid.latents[:, 3], trained.latents[:, 3])
+    assert torch.equal(hybrid.latents[:, :3], trained.latents[:, :3]) and not torch.equal(
+        hybrid.latents[:, 3], trained.latents[:, 3]
+    )
     with policy.reference():
         base = draw(policy, plain)
     assert torch.equal(draw(policy, plain, hybrid_steps=0).latents, base.latents)
@@ -193,8 +219,12 @@ def test_hybrid_inference_ends_with_the_base():
 
 def test_lora_starts_as_the_base_and_depends_on_its_seed():
     one, two, three = (tiny_policy("flux", lora_rank=2, seed=seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one.trainable_parameters(), two.trainable_parameters()))
-    assert not all(torch.equal(a, b) for a, b in zip(one.trainable_parameters(), three.trainable_parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.trainable_parameters(), two.trainable_parameters())
+    )
+    assert not all(
+        torch.equal(a, b) for a, b in zip(one.trainable_parameters(), three.trainable_parameters())
+    )
     plain = tiny_sampler(kind="ode")
     with one.reference():
         base = draw(one, plain).final
@@ -223,11 +253,16 @@ def test_full_weights_load_in_plain_diffusers(tmp_path):
     policy.save(tmp_path)
     images = policy.decode(draw(policy, tiny_sampler(kind="ode")))
     stock = tiny_pipeline("flux")
-    stock.register_modules(transformer=type(stock.transformer).from_pretrained(tmp_path, subfolder="transformer"))
+    stock.register_modules(
+        transformer=type(stock.transformer).from_pretrained(tmp_path, subfolder="transformer")
+    )
     assert same_images(stock_images(policy, "flux", stock), images)
     fresh = tiny_policy("flux")
     fresh.load_weights(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.trainable_parameters(), policy.trainable_parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fresh.trainable_parameters(), policy.trainable_parameters())
+    )
 
 
 def test_lora_in_stock_flux_is_in_the_family_checks():
@@ -236,10 +271,15 @@ def test_lora_in_stock_flux_is_in_the_family_checks():
 
 def test_folder_with_world_json(tmp_path):
     tiny_pipeline("flux").save_pretrained(tmp_path)
-    (tmp_path / "world.json").write_text(json.dumps({"height": 16, "width": 8, "max_sequence_length": 12}))
+    (tmp_path / "world.json").write_text(
+        json.dumps({"height": 16, "width": 8, "max_sequence_length": 12})
+    )
     policy = load_policy(str(tmp_path), lora_rank=2)
     drawn = policy.sample(PROMPTS, Sampler(num_steps=3), **SEEDS)
-    assert policy.decode(drawn)[0].size == (8, 16) and (drawn.sampler.height, drawn.sampler.width) == (16, 8)
+    assert policy.decode(drawn)[0].size == (8, 16) and (
+        drawn.sampler.height,
+        drawn.sampler.width,
+    ) == (16, 8)
     assert policy.decode(drawn.final)[0].size == (8, 16)
     assert drawn.calls[0].constant["encoder_hidden_states"][0].shape[1] == 12
     assert check_replay(policy, drawn)["velocity_error"] == 0
@@ -251,7 +291,11 @@ def test_folder_with_world_json(tmp_path):
 def test_prompts_are_encoded_once(flux, monkeypatch):
     policy, calls = tiny_policy("flux", lora_rank=2), []
     encode = policy.pipe.encode_prompt
-    monkeypatch.setattr(policy.pipe, "encode_prompt", lambda **options: (calls.append(options.get("prompt")), encode(**options))[1])
+    monkeypatch.setattr(
+        policy.pipe,
+        "encode_prompt",
+        lambda **options: (calls.append(options.get("prompt")), encode(**options))[1],
+    )
     draw(policy, tiny_sampler())
     draw(policy, tiny_sampler())
     assert [c for c in calls if c is not None] == [[PROMPTS[0]], [PROMPTS[2]]]
@@ -277,7 +321,9 @@ def test_missing_and_broken_models_are_named(tmp_path):
         load_policy("./nowhere")
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         load_policy(str(tmp_path))
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}'
+    )
     with pytest.raises(ValueError, match="broken or incomplete"):
         load_policy(str(tmp_path))
     with pytest.raises(ValueError, match="float99"):
@@ -297,7 +343,9 @@ def test_ode_recordings_have_no_log_probs(flux):
         flux.log_prob(drawn, torch.tensor([0]), torch.tensor([0]))
     assert check_replay(flux, drawn)["ratio_error"] == 0
     with pytest.raises(ValueError, match="keep_calls=True"):
-        flux.velocity(draw(flux, tiny_sampler(), keep_calls=False), torch.tensor([0]), torch.tensor([0]))
+        flux.velocity(
+            draw(flux, tiny_sampler(), keep_calls=False), torch.tensor([0]), torch.tensor([0])
+        )
 
 
 # -- the check of a run catches what it should --
@@ -313,7 +361,7 @@ def test_check_replay_sees_moved_weights(recording):
 def test_check_replay_sees_a_wrong_family():
     import dataclasses
 
-    from chunk_grpo_nb.families import cond_first
+    from chunk_grpo_nb.models.families import cond_first
 
     policy = tiny_policy("sd3", lora_rank=2)
     drawn = draw(policy, tiny_sampler("sd3"))
@@ -333,7 +381,7 @@ def test_check_replay_sees_missing_gradients(recording):
 def test_undeclared_tensor_arguments_are_refused(monkeypatch):
     import dataclasses
 
-    from chunk_grpo_nb import families
+    from chunk_grpo_nb.models import families
 
     less = dataclasses.replace(families.FLUX, shared_args=("txt_ids",))
     monkeypatch.setitem(families.FAMILIES, "FluxPipeline", less)
@@ -344,7 +392,7 @@ def test_undeclared_tensor_arguments_are_refused(monkeypatch):
 def test_guidance_that_stops_along_the_way_is_refused(monkeypatch):
     import dataclasses
 
-    from chunk_grpo_nb import families
+    from chunk_grpo_nb.models import families
 
     cut = dataclasses.replace(families.LUMINA2, call_options={"cfg_trunc_ratio": 0.5})
     monkeypatch.setitem(families.FAMILIES, "Lumina2Pipeline", cut)

@@ -42,16 +42,44 @@ def test_parquet(tmp_path):
 
 
 def test_benchmark_formats_keep_their_metadata(tmp_path):
-    geneval = {"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cup", "count": 1, "position": ["left of", 0]}], "prompt": "a photo of a cup left of a dog"}
+    geneval = {
+        "tag": "position",
+        "include": [
+            {"class": "dog", "count": 1},
+            {"class": "cup", "count": 1, "position": ["left of", 0]},
+        ],
+        "prompt": "a photo of a cup left of a dog",
+    }
     (prompt,) = load_prompts(write(tmp_path, "evaluation_metadata.jsonl", json.dumps(geneval)))
-    assert prompt.text == geneval["prompt"] and {**prompt.metadata, "prompt": prompt.text} == geneval
-    (parti,) = load_prompts(write(tmp_path, "PartiPrompts.tsv", "Prompt\tCategory\tChallenge\tNote\na \"storm\"\tArts\tBasic\t\n"))
+    assert (
+        prompt.text == geneval["prompt"] and {**prompt.metadata, "prompt": prompt.text} == geneval
+    )
+    (parti,) = load_prompts(
+        write(
+            tmp_path,
+            "PartiPrompts.tsv",
+            'Prompt\tCategory\tChallenge\tNote\na "storm"\tArts\tBasic\t\n',
+        )
+    )
     assert parti.metadata["Category"] == "Arts"
-    wise = [{"Prompt": "the fruit of Newton", "Explanation": "apple", "Category": "Cultural", "Subcategory": "x", "prompt_id": 7}]
-    assert load_prompts(write(tmp_path, "wise.json", json.dumps(wise)))[0].metadata["prompt_id"] == 7
+    wise = [
+        {
+            "Prompt": "the fruit of Newton",
+            "Explanation": "apple",
+            "Category": "Cultural",
+            "Subcategory": "x",
+            "prompt_id": 7,
+        }
+    ]
+    assert (
+        load_prompts(write(tmp_path, "wise.json", json.dumps(wise)))[0].metadata["prompt_id"] == 7
+    )
     hpd = write(tmp_path, "hpd/anime.json", '["a fox"]').parent
     write(tmp_path, "hpd/photo.json", '["a street"]')
-    assert [(p.text, p.metadata["style"]) for p in load_prompts(hpd)] == [("a fox", "anime"), ("a street", "photo")]
+    assert [(p.text, p.metadata["style"]) for p in load_prompts(hpd)] == [
+        ("a fox", "anime"),
+        ("a street", "photo"),
+    ]
     dpg = write(tmp_path, "dpg/3.txt", "a long\nprompt").parent
     assert load_prompts(dpg) == [Prompt("a long\nprompt", {"name": "3"})]
 
@@ -66,7 +94,11 @@ def test_splits(tmp_path):
         load_prompts(folder)
     with pytest.raises(PromptError, match="no file for the split 'dev'"):
         load_prompts(folder, split="dev")
-    file = write(tmp_path, "all.jsonl", '{"prompt": "a", "split": "train"}\n{"prompt": "b", "split": "test"}\n')
+    file = write(
+        tmp_path,
+        "all.jsonl",
+        '{"prompt": "a", "split": "train"}\n{"prompt": "b", "split": "test"}\n',
+    )
     assert [p.text for p in load_prompts(file, split="test")] == ["b"]
     with pytest.raises(PromptError, match="no field `split`"):
         load_prompts(folder / "train.txt", split="train")
@@ -131,7 +163,9 @@ def test_batches_cover_an_epoch_without_repeats():
     assert prompt_batch(12, 4, 7, 5) == prompt_batch(12, 4, 7, 5) != prompt_batch(12, 4, 8, 5)
 
 
-@pytest.mark.parametrize("num_prompts, count", [(1, 1), (5, 5), (7, 3), (480, 16), (3, 7), (2, 4), (1, 3)])
+@pytest.mark.parametrize(
+    "num_prompts, count", [(1, 1), (5, 5), (7, 3), (480, 16), (3, 7), (2, 4), (1, 3)]
+)
 def test_batches_have_no_avoidable_repeats(num_prompts, count):
     for iteration in range(20):
         batch = prompt_batch(num_prompts, count, 0, iteration)

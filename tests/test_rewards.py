@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chunk_grpo_nb import rewards
-from chunk_grpo_nb.rewards import (
+from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
     WeightedReward,
@@ -21,6 +20,7 @@ from chunk_grpo_nb.rewards import (
     score,
     score_async,
 )
+from chunk_grpo_nb.rewards.registry import registry as rewards
 
 IMAGES = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(5)]
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -36,14 +36,28 @@ def registry():
 
 def value(images, prompts, metadata):
     """Depends on image, prompt and metadata of one entry only."""
-    return [image.getpixel((0, 0))[0] + 10 * int(p.split()[-1]) + m.get("bonus", 0) for image, p, m in zip(images, prompts, metadata)]
+    return [
+        image.getpixel((0, 0))[0] + 10 * int(p.split()[-1]) + m.get("bonus", 0)
+        for image, p, m in zip(images, prompts, metadata)
+    ]
 
 
 def test_scores_are_float64_in_order():
     out = score(value, IMAGES, PROMPTS, [{"bonus": 100 * i} for i in range(5)])
     assert out.dtype == torch.float64 and out.tolist() == [0, 111, 222, 333, 444]
-    for returned in (torch.arange(5.0, requires_grad=True), range(5), [torch.tensor(float(i)) for i in range(5)], torch.arange(5).half()):
-        assert score(lambda *a, returned=returned: returned, IMAGES, PROMPTS).tolist() == [0, 1, 2, 3, 4]
+    for returned in (
+        torch.arange(5.0, requires_grad=True),
+        range(5),
+        [torch.tensor(float(i)) for i in range(5)],
+        torch.arange(5).half(),
+    ):
+        assert score(lambda *a, returned=returned: returned, IMAGES, PROMPTS).tolist() == [
+            0,
+            1,
+            2,
+            3,
+            4,
+        ]
 
 
 def test_custom_rewards_and_options():
@@ -73,7 +87,7 @@ def test_names_in_modules_not_yet_imported():
     import subprocess
     import sys
 
-    code = "import sys; from chunk_grpo_nb.rewards import make_reward; assert 'chunk_grpo_nb.scorers' not in sys.modules; print(make_reward('jpeg_compressibility').__name__)"
+    code = "import sys; from chunk_grpo_nb.rewards.registry import make_reward; assert 'chunk_grpo_nb.rewards.clip_family' not in sys.modules; print(make_reward('jpeg_compressibility').__name__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "jpeg_compressibility", out.stderr
 
@@ -89,7 +103,9 @@ def test_every_name_of_the_table_is_registered_by_its_module(name, module):
 
 
 def test_rewards_of_a_users_module(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards_for_test.py").write_text("def one(images, prompts, metadata, x=1):\n    return [x] * len(images)\n")
+    (tmp_path / "my_rewards_for_test.py").write_text(
+        "def one(images, prompts, metadata, x=1):\n    return [x] * len(images)\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert score(make_reward("my_rewards_for_test:one", x=2), IMAGES, PROMPTS).tolist() == [2] * 5
@@ -107,12 +123,26 @@ def failing_on(bad, how):
             raise KeyError("colour")
         if how == "length" and set(prompts) & set(bad):
             return [1.0] * (len(images) + 1)
-        return [{"nan": math.nan, "inf": math.inf, "text": "high"}[how] if p in bad and how in ("nan", "inf", "text") else 1.0 for p in prompts]
+        return [
+            {"nan": math.nan, "inf": math.inf, "text": "high"}[how]
+            if p in bad and how in ("nan", "inf", "text")
+            else 1.0
+            for p in prompts
+        ]
 
     return reward
 
 
-@pytest.mark.parametrize("how, message", [("raise", "KeyError: 'colour'"), ("length", "returned 6 scores for 5 images"), ("nan", "returned .nan."), ("inf", "returned .inf."), ("text", "ValueError")])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("raise", "KeyError: 'colour'"),
+        ("length", "returned 6 scores for 5 images"),
+        ("nan", "returned .nan."),
+        ("inf", "returned .inf."),
+        ("text", "ValueError"),
+    ],
+)
 def test_failures_name_the_prompts_or_drop_them(how, message):
     reward = failing_on(["prompt 2"], how)
     with pytest.raises(RewardError, match=message) as error:
@@ -180,8 +210,19 @@ def test_pairing_finds_rewards_that_mix_entries(wrong):
 
 
 def test_weights_are_parsed_and_refused():
-    assert parse_weights("a=1, http://h:1/x=0.5,b=-2e-1") == {"a": 1.0, "http://h:1/x": 0.5, "b": -0.2}
-    for text, message in {"a": "expected name=weight", "a=x": "expected name=weight", "=1": "expected", "a=nan": "expected", "a=1,a=2": "appears twice", "a=1,": "expected"}.items():
+    assert parse_weights("a=1, http://h:1/x=0.5,b=-2e-1") == {
+        "a": 1.0,
+        "http://h:1/x": 0.5,
+        "b": -0.2,
+    }
+    for text, message in {
+        "a": "expected name=weight",
+        "a=x": "expected name=weight",
+        "=1": "expected",
+        "a=nan": "expected",
+        "a=1,a=2": "appears twice",
+        "a=1,": "expected",
+    }.items():
         with pytest.raises(ValueError, match=message):
             parse_weights(text)
 
@@ -209,7 +250,10 @@ def test_a_failing_part_fails_the_sum():
 
 
 def test_async_scores_equal_and_errors_arrive_with_the_result():
-    assert score_async(value, IMAGES, PROMPTS).result().tolist() == score(value, IMAGES, PROMPTS).tolist()
+    assert (
+        score_async(value, IMAGES, PROMPTS).result().tolist()
+        == score(value, IMAGES, PROMPTS).tolist()
+    )
     future = score_async(failing_on(["prompt 1"], "nan"), IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="prompt 1"):
         future.result()

@@ -26,7 +26,9 @@ def test_known_values():
 @given(first=st.floats(0.1, 10), second=st.floats(0.1, 10))
 def test_shifts_multiply(first, second):
     sigmas = sigma_schedule(17, dtype=torch.float64)
-    torch.testing.assert_close(shift_sigmas(shift_sigmas(sigmas, first), second), shift_sigmas(sigmas, first * second))
+    torch.testing.assert_close(
+        shift_sigmas(shift_sigmas(sigmas, first), second), shift_sigmas(sigmas, first * second)
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -9,14 +9,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from chunk_grpo_nb import ocr, scorers, scorers_vlm, weights
-from chunk_grpo_nb.rewards import RewardUnavailable, check_pairing, make_reward, score
+from chunk_grpo_nb.rewards.registry import (
+    RewardUnavailable,
+    check_pairing,
+    make_reward,
+    ocr,
+    score,
+    weights,
+)
+from chunk_grpo_nb.rewards.registry import clip_family as scorers
+from chunk_grpo_nb.rewards.registry import vlm as scorers_vlm
 
 PROMPTS = ["a red cube", "two blue spheres", "a dog on a mat"]
 
 
 def noise_image(seed: int, width: int = 40, height: int = 32) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    )
 
 
 IMAGES = [noise_image(i, 40 + 6 * i, 32) for i in range(3)]
@@ -40,9 +50,25 @@ def tiny_clip(tmp_path_factory):
     letters = [chr(i) for i in range(33, 127)]
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]).save_pretrained(folder)
-    layers = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu")
-    text = dict(**layers, vocab_size=len(words), bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
-    config = CLIPConfig(text_config=text, vision_config=dict(**layers, image_size=28, patch_size=14), projection_dim=16)
+    layers = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="gelu",
+    )
+    text = dict(
+        **layers,
+        vocab_size=len(words),
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    config = CLIPConfig(
+        text_config=text,
+        vision_config=dict(**layers, image_size=28, patch_size=14),
+        projection_dim=16,
+    )
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(folder)
     return folder, config
@@ -50,7 +76,11 @@ def tiny_clip(tmp_path_factory):
 
 def random_state(shapes: dict, seed: int = 0, scale: float = 0.2) -> dict:
     generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator) * scale + (1.0 if "ln_" in key or "norm" in key.lower() else 0.0) for key, shape in shapes.items()}
+    return {
+        key: torch.randn(shape, generator=generator) * scale
+        + (1.0 if "ln_" in key or "norm" in key.lower() else 0.0)
+        for key, shape in shapes.items()
+    }
 
 
 # ---------------------------------------------------------------- layouts at real size
@@ -62,9 +92,13 @@ def test_hpsv2_layout_fills_every_parameter():
     config = scorers.vit_h_config()
     with torch.device("meta"):
         model = CLIPModel(config)
-        ported = scorers.openclip_to_transformers({k: torch.empty(s) for k, s in scorers.openclip_shapes(config).items()})
+        ported = scorers.openclip_to_transformers(
+            {k: torch.empty(s) for k, s in scorers.openclip_shapes(config).items()}
+        )
     weights.check_layout(weights.shapes_of(ported), weights.shapes_of(model), "HPSv2.1")
-    assert sum(p.numel() for p in model.parameters()) == 986_109_441  # open_clip's model profile for ViT-H-14
+    assert (
+        sum(p.numel() for p in model.parameters()) == 986_109_441
+    )  # open_clip's model profile for ViT-H-14
 
 
 def test_imagereward_layout_fills_every_parameter():
@@ -72,8 +106,14 @@ def test_imagereward_layout_fills_every_parameter():
 
     vision, text = scorers_vlm.imagereward_configs()
     with torch.device("meta"):
-        parts = scorers_vlm.imagereward_to_transformers({k: torch.empty(s) for k, s in scorers_vlm.imagereward_shapes(vision, text).items()})
-        modules = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False), scorers.score_head(768)
+        parts = scorers_vlm.imagereward_to_transformers(
+            {k: torch.empty(s) for k, s in scorers_vlm.imagereward_shapes(vision, text).items()}
+        )
+        modules = (
+            BlipVisionModel(vision),
+            BlipTextModel(text, add_pooling_layer=False),
+            scorers.score_head(768),
+        )
     for part, module in zip(parts, modules):
         weights.check_layout(weights.shapes_of(part), weights.shapes_of(module), "ImageReward")
 
@@ -85,18 +125,34 @@ def test_hpsv3_layout_fills_every_parameter(new_names):
     config = scorers_vlm.hpsv3_config()
     shapes = scorers_vlm.hpsv3_shapes(config)
     if new_names:  # as saved by transformers 4.52 and later
-        shapes = {("model." + k if k.startswith("visual") else k.replace("model.", "model.language_model.")): s for k, s in shapes.items()}
+        shapes = {
+            (
+                "model." + k
+                if k.startswith("visual")
+                else k.replace("model.", "model.language_model.")
+            ): s
+            for k, s in shapes.items()
+        }
     with torch.device("meta"):
-        backbone, head = scorers_vlm.hpsv3_to_transformers({k: torch.empty(s) for k, s in shapes.items()})
-        weights.check_layout(weights.shapes_of(backbone), weights.shapes_of(Qwen2VLModel(config)), "HPSv3")
-    weights.check_layout(weights.shapes_of(head), weights.shapes_of(scorers_vlm.rating_head(3584)), "HPSv3 head")
+        backbone, head = scorers_vlm.hpsv3_to_transformers(
+            {k: torch.empty(s) for k, s in shapes.items()}
+        )
+        weights.check_layout(
+            weights.shapes_of(backbone), weights.shapes_of(Qwen2VLModel(config)), "HPSv3"
+        )
+    weights.check_layout(
+        weights.shapes_of(head), weights.shapes_of(scorers_vlm.rating_head(3584)), "HPSv3 head"
+    )
 
 
 def test_other_layout_is_refused_by_name(tiny_clip):
     shapes = scorers.openclip_shapes(tiny_clip[1])
     wrong = {**shapes, "visual.proj": (3, 3), "extra.bias": (1,)}
     del wrong["ln_final.weight"]
-    with pytest.raises(RewardUnavailable, match=r"1 missing: ln_final.weight; 1 unexpected: extra.bias; 1 of another shape: visual.proj is \(3, 3\)"):
+    with pytest.raises(
+        RewardUnavailable,
+        match=r"1 missing: ln_final.weight; 1 unexpected: extra.bias; 1 of another shape: visual.proj is \(3, 3\)",
+    ):
         weights.check_layout(wrong, shapes, "some file")
     with pytest.raises(RewardUnavailable, match="visual.head.gamma"):
         scorers.openclip_to_transformers({"visual.head.gamma": torch.ones(1)})
@@ -108,16 +164,33 @@ def test_other_layout_is_refused_by_name(tiny_clip):
 def test_clip_pixels_equal_the_transformers_processor():
     from transformers import CLIPImageProcessorPil
 
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    for image in [*IMAGES[1:], noise_image(9, 31, 77), noise_image(8, 20, 20)]:  # where rounding (CLIP) and flooring (transformers) half a pixel agree
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    for image in [
+        *IMAGES[1:],
+        noise_image(9, 31, 77),
+        noise_image(8, 20, 20),
+    ]:  # where rounding (CLIP) and flooring (transformers) half a pixel agree
         theirs = torch.tensor(np.stack(processor([image])["pixel_values"]))
         assert (scorers.clip_pixels([image], 28) - theirs).abs().max() < 1e-5
 
 
 def test_hps_pixels_keep_the_whole_image_and_pad_with_black():
-    pixels = scorers.hps_pixels([Image.new("RGB", (448, 224), "white"), Image.new("RGB", (224, 224), "white"), Image.new("RGB", (10, 700), "white")], 224)
+    pixels = scorers.hps_pixels(
+        [
+            Image.new("RGB", (448, 224), "white"),
+            Image.new("RGB", (224, 224), "white"),
+            Image.new("RGB", (10, 700), "white"),
+        ],
+        224,
+    )
     red = pixels[:, 0] * 0.26862954 + 0.48145466
-    assert red[0, 56:168].min() > 0.99 and red[0, :55].abs().max() < 1e-5 and red[0, 169:].abs().max() < 1e-5
+    assert (
+        red[0, 56:168].min() > 0.99
+        and red[0, :55].abs().max() < 1e-5
+        and red[0, 169:].abs().max() < 1e-5
+    )
     assert red[1].min() > 0.99
     assert (red[2] > 0.5).any(0).sum() == 3  # 10 x 700 becomes 3 x 224
 
@@ -132,17 +205,27 @@ def test_clip_score_and_pickscore_equal_the_model(tiny_clip):
     model = CLIPModel.from_pretrained(folder)
     tokens = AutoTokenizer.from_pretrained(folder)(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        logits = model(pixel_values=scorers.clip_pixels(IMAGES, 28), **tokens).logits_per_image.diagonal().double()
+        logits = (
+            model(pixel_values=scorers.clip_pixels(IMAGES, 28), **tokens)
+            .logits_per_image.diagonal()
+            .double()
+        )
     pick = score(make_reward("pickscore", model=folder, tokenizer=folder), IMAGES, PROMPTS)
     torch.testing.assert_close(pick, logits, rtol=1e-4, atol=1e-5)
-    clip = score(make_reward("clip_score", model=str(folder), batch_size=2, offload=True), IMAGES, PROMPTS)
-    torch.testing.assert_close(clip, logits * 100 / model.logit_scale.exp().item(), rtol=1e-4, atol=1e-4)
+    clip = score(
+        make_reward("clip_score", model=str(folder), batch_size=2, offload=True), IMAGES, PROMPTS
+    )
+    torch.testing.assert_close(
+        clip, logits * 100 / model.logit_scale.exp().item(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_long_prompts_are_cut_like_their_authors_do(tiny_clip):
     reward = make_reward("clip_score", model=tiny_clip[0])
     long = "x" * 200
-    torch.testing.assert_close(score(reward, [IMAGES[0]], [long]), score(reward, [IMAGES[0]], [long + "yyy"]))
+    torch.testing.assert_close(
+        score(reward, [IMAGES[0]], [long]), score(reward, [IMAGES[0]], [long + "yyy"])
+    )
 
 
 class OpenClipReference(nn.Module):
@@ -159,22 +242,46 @@ class OpenClipReference(nn.Module):
         for i in range(layers):
             b = f"{prefix}resblocks.{i}."
             attention = nn.MultiheadAttention(x.shape[-1], heads, batch_first=True)
-            attention.load_state_dict({k: self.s[f"{b}attn.{k}"] for k in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")})
+            attention.load_state_dict(
+                {
+                    k: self.s[f"{b}attn.{k}"]
+                    for k in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+                }
+            )
             y = self.norm(x, f"{b}ln_1")
             x = x + attention(y, y, y, attn_mask=mask, need_weights=False)[0]
-            y = F.linear(self.norm(x, f"{b}ln_2"), self.s[f"{b}mlp.c_fc.weight"], self.s[f"{b}mlp.c_fc.bias"])
-            x = x + F.linear(F.gelu(y), self.s[f"{b}mlp.c_proj.weight"], self.s[f"{b}mlp.c_proj.bias"])
+            y = F.linear(
+                self.norm(x, f"{b}ln_2"), self.s[f"{b}mlp.c_fc.weight"], self.s[f"{b}mlp.c_fc.bias"]
+            )
+            x = x + F.linear(
+                F.gelu(y), self.s[f"{b}mlp.c_proj.weight"], self.s[f"{b}mlp.c_proj.bias"]
+            )
         return x
 
     def forward(self, pixels, ids):
         s, vision, text = self.s, self.c.vision_config, self.c.text_config
-        x = F.conv2d(pixels, s["visual.conv1.weight"], stride=vision.patch_size).flatten(2).transpose(1, 2)
-        x = torch.cat([s["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + s["visual.positional_embedding"]
-        x = self.tower(self.norm(x, "visual.ln_pre"), "visual.transformer.", vision.num_hidden_layers, vision.num_attention_heads)
+        x = (
+            F.conv2d(pixels, s["visual.conv1.weight"], stride=vision.patch_size)
+            .flatten(2)
+            .transpose(1, 2)
+        )
+        x = (
+            torch.cat([s["visual.class_embedding"].expand(len(x), 1, -1), x], 1)
+            + s["visual.positional_embedding"]
+        )
+        x = self.tower(
+            self.norm(x, "visual.ln_pre"),
+            "visual.transformer.",
+            vision.num_hidden_layers,
+            vision.num_attention_heads,
+        )
         image = self.norm(x[:, 0], "visual.ln_post") @ s["visual.proj"]
         t = s["token_embedding.weight"][ids] + s["positional_embedding"][: ids.shape[1]]
         mask = torch.full((ids.shape[1], ids.shape[1]), -math.inf).triu(1)
-        t = self.norm(self.tower(t, "transformer.", text.num_hidden_layers, text.num_attention_heads, mask), "ln_final")
+        t = self.norm(
+            self.tower(t, "transformer.", text.num_hidden_layers, text.num_attention_heads, mask),
+            "ln_final",
+        )
         words = t[torch.arange(len(ids)), ids.argmax(-1)] @ s["text_projection"]
         return F.normalize(image, dim=-1), F.normalize(words, dim=-1)
 
@@ -187,12 +294,21 @@ def test_hpsv2_equals_an_open_clip_reference(tiny_clip, tmp_path, suffix):
     folder, config = tiny_clip
     state = random_state(scorers.openclip_shapes(config))
     file = tmp_path / f"weights{suffix}"
-    save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state, "epoch": 3}, file)
+    save_file(state, file) if suffix == ".safetensors" else torch.save(
+        {"state_dict": state, "epoch": 3}, file
+    )
     reward = make_reward("hpsv2", model=file, tokenizer=folder, config=config, batch_size=2)
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPTS, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(
+        PROMPTS, padding="max_length", max_length=77, return_tensors="pt"
+    )["input_ids"]
     with torch.no_grad():
         image, text = OpenClipReference(state, config)(scorers.hps_pixels(IMAGES, 28), ids)
-    torch.testing.assert_close(check_pairing(reward, IMAGES, PROMPTS), (image * text).sum(-1).double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        check_pairing(reward, IMAGES, PROMPTS),
+        (image * text).sum(-1).double(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_aesthetic_ignores_the_prompt_and_equals_its_head(tiny_clip, tmp_path):
@@ -200,10 +316,16 @@ def test_aesthetic_ignores_the_prompt_and_equals_its_head(tiny_clip, tmp_path):
 
     folder, _ = tiny_clip
     head = scorers.score_head(16).eval()
-    torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, tmp_path / "aesthetic-model.pth")
+    torch.save(
+        {f"layers.{k}": v for k, v in head.state_dict().items()}, tmp_path / "aesthetic-model.pth"
+    )
     reward = make_reward("aesthetic", model=tmp_path, clip=folder)
     with torch.no_grad():
-        feature = CLIPModel.from_pretrained(folder).get_image_features(scorers.clip_pixels(IMAGES, 28)).pooler_output
+        feature = (
+            CLIPModel.from_pretrained(folder)
+            .get_image_features(scorers.clip_pixels(IMAGES, 28))
+            .pooler_output
+        )
         expected = head(F.normalize(feature, dim=-1))[:, 0].double()
     torch.testing.assert_close(score(reward, IMAGES, PROMPTS), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(score(reward, IMAGES, PROMPTS[::-1]), expected, rtol=1e-4, atol=1e-5)
@@ -211,10 +333,17 @@ def test_aesthetic_ignores_the_prompt_and_equals_its_head(tiny_clip, tmp_path):
 
 def test_jpeg_rewards_are_opposite_and_ordered():
     flat = Image.new("RGB", (64, 64), "grey")
-    small, large = score(make_reward("jpeg_incompressibility"), [flat, noise_image(0, 64, 64)], ["", " "]).tolist()
+    small, large = score(
+        make_reward("jpeg_incompressibility"), [flat, noise_image(0, 64, 64)], ["", " "]
+    ).tolist()
     assert 0 < small < large
     assert score(make_reward("jpeg_compressibility"), [flat], [""]).item() == -small
-    assert score(make_reward("jpeg_incompressibility", quality=10), [noise_image(0, 64, 64)], [""]).item() < large
+    assert (
+        score(
+            make_reward("jpeg_incompressibility", quality=10), [noise_image(0, 64, 64)], [""]
+        ).item()
+        < large
+    )
 
 
 # ---------------------------------------------------------------- ImageReward
@@ -222,33 +351,66 @@ def test_jpeg_rewards_are_opposite_and_ordered():
 
 def imagereward_reference(state, vision, text, pixels, ids, mask):
     """BLIP's ViT and cross-attending BERT, and the head, written from the published names."""
-    norm = lambda x, name, eps: F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+    norm = lambda x, name, eps: F.layer_norm(
+        x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps
+    )
     linear = lambda x, name: F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
     def attend(q, k, v, heads, bias=None):
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + (0 if bias is None else bias)).softmax(-1)
+        weights = (
+            q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + (0 if bias is None else bias)
+        ).softmax(-1)
         return (weights @ v).transpose(1, 2).flatten(2)
 
     v = "blip.visual_encoder."
-    x = F.conv2d(pixels, state[f"{v}patch_embed.proj.weight"], state[f"{v}patch_embed.proj.bias"], stride=vision.patch_size).flatten(2).transpose(1, 2)
+    x = (
+        F.conv2d(
+            pixels,
+            state[f"{v}patch_embed.proj.weight"],
+            state[f"{v}patch_embed.proj.bias"],
+            stride=vision.patch_size,
+        )
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = torch.cat([state[f"{v}cls_token"].expand(len(x), -1, -1), x], 1) + state[f"{v}pos_embed"]
     for i in range(vision.num_hidden_layers):
         b = f"{v}blocks.{i}."
-        x = x + linear(attend(*linear(norm(x, f"{b}norm1", 1e-6), f"{b}attn.qkv").chunk(3, -1), vision.num_attention_heads), f"{b}attn.proj")
+        x = x + linear(
+            attend(
+                *linear(norm(x, f"{b}norm1", 1e-6), f"{b}attn.qkv").chunk(3, -1),
+                vision.num_attention_heads,
+            ),
+            f"{b}attn.proj",
+        )
         x = x + linear(F.gelu(linear(norm(x, f"{b}norm2", 1e-6), f"{b}mlp.fc1")), f"{b}mlp.fc2")
     x = norm(x, f"{v}norm", 1e-6)
     e = "blip.text_encoder."
-    t = state[f"{e}embeddings.word_embeddings.weight"][ids] + state[f"{e}embeddings.position_embeddings.weight"][: ids.shape[1]]
+    t = (
+        state[f"{e}embeddings.word_embeddings.weight"][ids]
+        + state[f"{e}embeddings.position_embeddings.weight"][: ids.shape[1]]
+    )
     t = norm(t, f"{e}embeddings.LayerNorm", 1e-12)
     bias = (1 - mask[:, None, None].float()) * -1e9
     for i in range(text.num_hidden_layers):
         b = f"{e}encoder.layer.{i}."
         for kind, other, m in (("attention", None, bias), ("crossattention", x, None)):
             source = t if other is None else other
-            y = attend(*(linear(a, f"{b}{kind}.self.{n}") for a, n in ((t, "query"), (source, "key"), (source, "value"))), text.num_attention_heads, m)
+            y = attend(
+                *(
+                    linear(a, f"{b}{kind}.self.{n}")
+                    for a, n in ((t, "query"), (source, "key"), (source, "value"))
+                ),
+                text.num_attention_heads,
+                m,
+            )
             t = norm(t + linear(y, f"{b}{kind}.output.dense"), f"{b}{kind}.output.LayerNorm", 1e-12)
-        t = norm(t + linear(F.gelu(linear(t, f"{b}intermediate.dense")), f"{b}output.dense"), f"{b}output.LayerNorm", 1e-12)
+        t = norm(
+            t + linear(F.gelu(linear(t, f"{b}intermediate.dense")), f"{b}output.dense"),
+            f"{b}output.LayerNorm",
+            1e-12,
+        )
     h = t[:, 0]
     for i in (0, 2, 4, 6, 7):
         h = linear(h, f"mlp.layers.{i}")
@@ -258,20 +420,52 @@ def imagereward_reference(state, vision, text, pixels, ids, mask):
 def test_imagereward_equals_a_blip_reference(tmp_path):
     from transformers import AutoTokenizer, BertTokenizer, BlipTextConfig, BlipVisionConfig
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a red cube two blue spheres dog on mat".split()]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"a red cube two blue spheres dog on mat".split(),
+    ]
     BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path / "words")
-    vision = BlipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16, layer_norm_eps=1e-6)
+    vision = BlipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=16,
+        layer_norm_eps=1e-6,
+    )
     text = BlipTextConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=32, vocab_size=len(words), is_decoder=True,
                           bos_token_id=2, sep_token_id=3, eos_token_id=3)  # fmt: skip
     state = random_state(scorers_vlm.imagereward_shapes(vision, text))
-    unused = {"blip.vision_proj.weight": torch.zeros(2, 2), "blip.text_proj.bias": torch.zeros(2), "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
+    unused = {
+        "blip.vision_proj.weight": torch.zeros(2, 2),
+        "blip.text_proj.bias": torch.zeros(2),
+        "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None],
+    }
     torch.save({**state, **unused}, tmp_path / "ImageReward.pt")
-    reward = make_reward("imagereward", model=tmp_path, tokenizer=tmp_path / "words", configs=(vision, text))
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "words")(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    reward = make_reward(
+        "imagereward", model=tmp_path, tokenizer=tmp_path / "words", configs=(vision, text)
+    )
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "words")(
+        PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    )
     assert tokens["attention_mask"].sum(1).tolist() == [5, 5, 7]
     with torch.no_grad():
-        expected = imagereward_reference(state, vision, text, scorers.clip_pixels(IMAGES, 32), tokens["input_ids"], tokens["attention_mask"])
-    torch.testing.assert_close(check_pairing(reward, IMAGES, PROMPTS), expected.double(), rtol=1e-3, atol=1e-3)
+        expected = imagereward_reference(
+            state,
+            vision,
+            text,
+            scorers.clip_pixels(IMAGES, 32),
+            tokens["input_ids"],
+            tokens["attention_mask"],
+        )
+    torch.testing.assert_close(
+        check_pairing(reward, IMAGES, PROMPTS), expected.double(), rtol=1e-3, atol=1e-3
+    )
 
 
 # ---------------------------------------------------------------- HPSv3
@@ -285,11 +479,33 @@ def tiny_hpsv3(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
     folder = tmp_path_factory.mktemp("hpsv3")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    words = {w: i for i, w in enumerate(["<unk>", *special, *"a red cube two blue spheres dog on mat rate this : system user assistant".split()])}
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    words = {
+        w: i
+        for i, w in enumerate(
+            [
+                "<unk>",
+                *special,
+                *"a red cube two blue spheres dog on mat rate this : system user assistant".split(),
+            ]
+        )
+    }
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<|endoftext|>", additional_special_tokens=special).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special,
+    ).save_pretrained(folder)
     config = Qwen2VLConfig(
         text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(words) + 1,
                          bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}),
@@ -298,11 +514,24 @@ def tiny_hpsv3(tmp_path_factory):
     save_file(random_state(scorers_vlm.hpsv3_shapes(config)), folder / "HPSv3.safetensors")
     source = 'import nothing_here\nINSTRUCTION = """\nrate \n{text_prompt}\n"""\nprompt_with_special_token = """\nthis : <|Reward|>\n"""\n'
     (folder / "data_collator_qwen.py").write_text(source)
-    return folder, config, dict(model=folder, tokenizer=folder, template=folder / "data_collator_qwen.py", config=config, dtype="float32")
+    return (
+        folder,
+        config,
+        dict(
+            model=folder,
+            tokenizer=folder,
+            template=folder / "data_collator_qwen.py",
+            config=config,
+            dtype="float32",
+        ),
+    )
 
 
 def test_hpsv3_template_is_read_without_running_it(tiny_hpsv3, tmp_path):
-    assert scorers_vlm.hpsv3_template(tiny_hpsv3[2]["template"]) == "\nrate \n{text_prompt}\n\nthis : <|Reward|>\n"
+    assert (
+        scorers_vlm.hpsv3_template(tiny_hpsv3[2]["template"])
+        == "\nrate \n{text_prompt}\n\nthis : <|Reward|>\n"
+    )
     (tmp_path / "own.txt").write_text("no field here")
     with pytest.raises(RewardUnavailable, match="expected one {text_prompt}"):
         scorers_vlm.hpsv3_template(tmp_path / "own.txt")
@@ -329,7 +558,9 @@ def test_hpsv3_reads_the_reward_token_at_plain_positions(tiny_hpsv3):
     words = AutoTokenizer.from_pretrained(folder)
     words.add_tokens(["<|Reward|>"], special_tokens=True)
     text = scorers_vlm.hpsv3_template(options["template"]).replace("{text_prompt}", prompt)
-    inputs = scorers_vlm.qwen_inputs(words, [image.resize(scorers_vlm.hpsv3_size(*image.size), Image.Resampling.BICUBIC)], [text])
+    inputs = scorers_vlm.qwen_inputs(
+        words, [image.resize(scorers_vlm.hpsv3_size(*image.size), Image.Resampling.BICUBIC)], [text]
+    )
     assert (inputs["input_ids"] == config.image_token_id).sum() == inputs["grid"].prod() // 4
     with torch.no_grad():
         embeds = whole.backbone.get_input_embeddings()(inputs["input_ids"])
@@ -346,11 +577,15 @@ def test_hpsv3_refuses_a_prompt_with_its_own_token(tiny_hpsv3):
         score(make_reward("hpsv3", **tiny_hpsv3[2]), [IMAGES[0]], ["a <|Reward|> dog"])
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (720, 720), (1360, 768), (64, 64), (100, 900), (448, 450), (2000, 31)])
+@pytest.mark.parametrize(
+    "size", [(1024, 1024), (720, 720), (1360, 768), (64, 64), (100, 900), (448, 450), (2000, 31)]
+)
 def test_hpsv3_size_equals_smart_resize(size):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    height, width = smart_resize(size[1], size[0], factor=28, min_pixels=256 * 28 * 28, max_pixels=256 * 28 * 28)
+    height, width = smart_resize(
+        size[1], size[0], factor=28, min_pixels=256 * 28 * 28, max_pixels=256 * 28 * 28
+    )
     assert scorers_vlm.hpsv3_size(*size) == (width, height)
 
 
@@ -365,7 +600,10 @@ def test_ocr_scores_what_is_read_and_names_prompts_without_text():
         score(reward, IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize("a, b, d", [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("abc", "acb", 2), ("flaw", "lawn", 2)])
+@pytest.mark.parametrize(
+    "a, b, d",
+    [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("abc", "acb", 2), ("flaw", "lawn", 2)],
+)
 def test_edit_distance(a, b, d):
     assert ocr.edit_distance(a, b) == ocr.edit_distance(b, a) == d
 
@@ -373,37 +611,86 @@ def test_edit_distance(a, b, d):
 def test_got_reader_runs_a_small_model(tmp_path):
     """GOT-OCR 2.0 of transformers with random weights: image in, some text out, one per image, the same whatever is beside it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
+    from transformers import (
+        GotOcr2Config,
+        GotOcr2ForConditionalGeneration,
+        GotOcr2ImageProcessorPil,
+        PreTrainedTokenizerFast,
+    )
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {w: i for i, w in enumerate([*special, *letters])}
     raw = Tokenizer(models.BPE(vocab=words, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", pad_token="<|endoftext|>", additional_special_tokens=special[1:]).save_pretrained(tmp_path)
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special[1:],
+    ).save_pretrained(tmp_path)
     GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
-    vision = dict(hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8, window_size=4, global_attn_indexes=[0], mlp_dim=16)
+    vision = dict(
+        hidden_size=16,
+        output_channels=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+        window_size=4,
+        global_attn_indexes=[0],
+        mlp_dim=16,
+    )
     text = dict(model_type="qwen2", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=len(words),
                 bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
     torch.manual_seed(0)
-    GotOcr2ForConditionalGeneration(GotOcr2Config(vision_config=vision, text_config=text, image_token_index=words["<imgpad>"], image_seq_length=4)).save_pretrained(tmp_path)
+    GotOcr2ForConditionalGeneration(
+        GotOcr2Config(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=words["<imgpad>"],
+            image_seq_length=4,
+        )
+    ).save_pretrained(tmp_path)
     read = ocr.got_reader(tmp_path, device="cpu", max_new_tokens=5)
     texts = read(IMAGES[:2])
-    assert len(texts) == 2 and all(isinstance(t, str) and "<im" not in t for t in texts) and read(IMAGES[1:2]) == texts[1:]
-    assert score(make_reward("ocr", model=tmp_path, device="cpu", max_new_tokens=5), IMAGES[:1], ['says "x"']).shape == (1,)
+    assert (
+        len(texts) == 2
+        and all(isinstance(t, str) and "<im" not in t for t in texts)
+        and read(IMAGES[1:2]) == texts[1:]
+    )
+    assert score(
+        make_reward("ocr", model=tmp_path, device="cpu", max_new_tokens=5), IMAGES[:1], ['says "x"']
+    ).shape == (1,)
 
 
 # ---------------------------------------------------------------- missing weights
 
 
-@pytest.mark.parametrize("name", ["clip_score", "pickscore", "hpsv2", "aesthetic", "imagereward", "hpsv3", "ocr"])
-def test_missing_weights_say_what_to_download_and_where_to_put_it(name, tmp_path, tiny_hpsv3, tiny_clip):
-    options = {"hpsv3": {"template": tiny_hpsv3[2]["template"], "tokenizer": tiny_hpsv3[0]}, "aesthetic": {"clip": tiny_clip[0]}}.get(name, {})
+@pytest.mark.parametrize(
+    "name", ["clip_score", "pickscore", "hpsv2", "aesthetic", "imagereward", "hpsv3", "ocr"]
+)
+def test_missing_weights_say_what_to_download_and_where_to_put_it(
+    name, tmp_path, tiny_hpsv3, tiny_clip
+):
+    options = {
+        "hpsv3": {"template": tiny_hpsv3[2]["template"], "tokenizer": tiny_hpsv3[0]},
+        "aesthetic": {"clip": tiny_clip[0]},
+    }.get(name, {})
     for model in (str(tmp_path), "nobody/nothing"):
         with pytest.raises(RewardUnavailable) as error:
             make_reward(name, model=model, **options)
         want = weights.WEIGHTS[name]
-        for part in (f"huggingface.co/{want.hub}", f"hf download {want.hub}", want.licence, f"make_reward('{name}', model=...)", want.file or "folder"):
+        for part in (
+            f"huggingface.co/{want.hub}",
+            f"hf download {want.hub}",
+            want.licence,
+            f"make_reward('{name}', model=...)",
+            want.file or "folder",
+        ):
             assert part in str(error.value)
 
 

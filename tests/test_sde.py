@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunk_grpo_nb.schedules import sigma_schedule
-from chunk_grpo_nb.sde import SDE_KINDS, GaussianMixture, Transition, register_sde, sample_trajectory, sde_step
+from chunk_grpo_nb.sde import (
+    SDE_KINDS,
+    GaussianMixture,
+    Transition,
+    register_sde,
+    sample_trajectory,
+    sde_step,
+)
 
 KINDS = ("flow", "dance", "cps", "ode")
 NOISY = ("flow", "dance", "cps")
@@ -31,7 +38,9 @@ def literal(velocity, x, a, b, eta, kind, sigma_1=None):
     dt, x0, x1 = b - a, x - a * velocity, x + (1 - a) * velocity
     if kind == "flow":
         s = eta * math.sqrt(a / (1 - (sigma_1 if a == 1 else a)))
-        return x * (1 + s**2 / (2 * a) * dt) + velocity * (1 + s**2 * (1 - a) / (2 * a)) * dt, s * math.sqrt(-dt)
+        return x * (1 + s**2 / (2 * a) * dt) + velocity * (
+            1 + s**2 * (1 - a) / (2 * a)
+        ) * dt, s * math.sqrt(-dt)
     if kind == "dance":
         score = -(x - (1 - a) * x0) / a**2
         return x + velocity * dt - 0.5 * eta**2 * score * dt, eta * math.sqrt(-dt)
@@ -51,7 +60,9 @@ def test_matches_the_printed_formulas(pair, kind, a, b):
 
 
 @settings(max_examples=60, deadline=None)
-@given(a=st.floats(0.01, 1), part=st.floats(0, 0.99), eta=st.floats(0, 1), kind=st.sampled_from(NOISY))
+@given(
+    a=st.floats(0.01, 1), part=st.floats(0, 0.99), eta=st.floats(0, 1), kind=st.sampled_from(NOISY)
+)
 def test_matches_the_printed_formulas_anywhere(a, part, eta, kind):
     gen = torch.Generator().manual_seed(1)
     velocity, x = torch.randn(2, 2, 3, dtype=torch.float64, generator=gen)
@@ -64,13 +75,20 @@ def test_matches_the_printed_formulas_anywhere(a, part, eta, kind):
 
 # Trap 2: precision
 
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_inside_whatever_comes_in(pair, kind):
     low = [tensor.bfloat16() for tensor in pair]
-    step, upcast = sde_step(*low, 0.9, 0.8, 0.7, kind), sde_step(*(tensor.float() for tensor in low), 0.9, 0.8, 0.7, kind)
+    step, upcast = (
+        sde_step(*low, 0.9, 0.8, 0.7, kind),
+        sde_step(*(tensor.float() for tensor in low), 0.9, 0.8, 0.7, kind),
+    )
     assert step.mean.dtype == step.std.dtype == step.pred_original.dtype == torch.float32
     assert torch.equal(step.mean, upcast.mean)
-    assert sde_step(pair[0].bfloat16(), pair[1].float(), 0.9, 0.8, 0.7, kind).mean.dtype == torch.float32
+    assert (
+        sde_step(pair[0].bfloat16(), pair[1].float(), 0.9, 0.8, 0.7, kind).mean.dtype
+        == torch.float32
+    )
 
 
 def test_float64_is_kept(pair):
@@ -83,11 +101,16 @@ def test_rounding_stored_latents_to_bfloat16_breaks_the_log_prob(gen):
     velocity, x = torch.randn(2, 8, 4096, generator=gen)
     step = sde_step(velocity, x, 0.3, 0.25)
     there = step.sample(gen)
-    assert torch.equal(step.log_prob(there), sde_step(velocity, x, 0.3, 0.25).log_prob(there))  # ratio exactly 1
-    assert (step.log_prob(there.bfloat16()) - step.log_prob(there)).abs().max() > 5e-6  # a tenth of the clip range
+    assert torch.equal(
+        step.log_prob(there), sde_step(velocity, x, 0.3, 0.25).log_prob(there)
+    )  # ratio exactly 1
+    assert (
+        step.log_prob(there.bfloat16()) - step.log_prob(there)
+    ).abs().max() > 5e-6  # a tenth of the clip range
 
 
 # Trap 3: singular ends
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shift", [1e-6, 0.3, 1.0, 3.0, 1e4, 1e9])
@@ -123,6 +146,7 @@ def test_log_prob_names_the_samples_without_noise(pair):
 
 # Trap 7: noise level 0 is the pipeline's own ODE
 
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_level_zero_is_the_ode_bit_for_bit(pair, kind):
     velocity, x = (tensor.float() for tensor in pair)
@@ -141,20 +165,27 @@ def test_noise_level_zero_reproduces_the_scheduler_of_diffusers(kind, gen):
     mixture = GaussianMixture(torch.randn(3, 8, generator=gen), std=0.3)
     theirs = start = torch.randn(5, 8, generator=gen)
     for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps):
-        theirs = scheduler.step(mixture.velocity(theirs, sigma), timestep, theirs, return_dict=False)[0]
+        theirs = scheduler.step(
+            mixture.velocity(theirs, sigma), timestep, theirs, return_dict=False
+        )[0]
     ours = sample_trajectory(mixture.velocity, start, scheduler.sigmas, 0.0, kind)[:, -1]
     assert torch.equal(ours, theirs)
 
 
 # Shapes, sampling, log-probs
 
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_per_sample_equal_one_call_per_sample(pair, kind):
     velocity, x = pair
-    sigma, sigma_next, noise_level = torch.tensor([[1.0, 0.6, 0.2], [0.9, 0.5, 0.0], [0.7, 0.3, 0.7]])
+    sigma, sigma_next, noise_level = torch.tensor(
+        [[1.0, 0.6, 0.2], [0.9, 0.5, 0.0], [0.7, 0.3, 0.7]]
+    )
     step = sde_step(velocity, x, sigma, sigma_next, noise_level, kind)
     for i in range(3):
-        alone = sde_step(velocity[i : i + 1], x[i : i + 1], sigma[i], sigma_next[i], noise_level[i], kind)
+        alone = sde_step(
+            velocity[i : i + 1], x[i : i + 1], sigma[i], sigma_next[i], noise_level[i], kind
+        )
         torch.testing.assert_close(step.mean[i : i + 1], alone.mean)
         torch.testing.assert_close(step.std[i].squeeze(), alone.std)
 
@@ -164,14 +195,18 @@ def test_log_prob_is_the_mean_of_normals(pair, kind, gen):
     for a, b in ((0.8, 0.7), (torch.tensor([1.0, 0.6, 0.2]), torch.tensor([0.9, 0.5, 0.1]))):
         step = sde_step(*pair, a, b, 0.7, kind)
         there = step.sample(gen)
-        expected = torch.distributions.Normal(step.mean, step.std).log_prob(there).flatten(1).mean(1)
+        expected = (
+            torch.distributions.Normal(step.mean, step.std).log_prob(there).flatten(1).mean(1)
+        )
         torch.testing.assert_close(step.log_prob(there), expected)
         assert step.log_prob(there).shape == (3,)
 
 
 def test_sample_takes_noise_or_a_generator(pair, gen):
     step = sde_step(*pair, 0.8, 0.7)
-    noise = torch.randn(step.mean.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    noise = torch.randn(
+        step.mean.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
     expected = step.mean + step.std * noise
     for drawn in (
         step.sample(noise),
@@ -192,7 +227,11 @@ def test_transition_is_frozen(pair):
     step = sde_step(*pair, 0.8, 0.7)
     with pytest.raises(dataclasses.FrozenInstanceError):
         step.std = torch.tensor(1.0)
-    assert [field.name for field in dataclasses.fields(Transition)] == ["mean", "std", "pred_original"]
+    assert [field.name for field in dataclasses.fields(Transition)] == [
+        "mean",
+        "std",
+        "pred_original",
+    ]
 
 
 @pytest.mark.parametrize("kind", NOISY)
@@ -200,7 +239,9 @@ def test_gradients_equal_finite_differences(kind, gen):
     velocity, x = torch.randn(2, 2, 3, dtype=torch.float64, generator=gen)
     there = sde_step(velocity, x, 0.8, 0.7, 0.7, kind).sample(gen)
     inputs = (velocity.requires_grad_(), x.requires_grad_())
-    assert torch.autograd.gradcheck(lambda v, x: sde_step(v, x, 0.8, 0.7, 0.7, kind).log_prob(there), inputs)
+    assert torch.autograd.gradcheck(
+        lambda v, x: sde_step(v, x, 0.8, 0.7, 0.7, kind).log_prob(there), inputs
+    )
 
 
 def test_one_batch_may_mix_trained_and_silent_rows_and_still_has_gradients(gen):
@@ -213,9 +254,14 @@ def test_one_batch_may_mix_trained_and_silent_rows_and_still_has_gradients(gen):
 
 # What each kind preserves
 
+
 def final_spread(kind, steps, std=0.5):
     """Spread of the final samples over the true one, exactly: for Gaussian data every step is linear."""
-    data, x, variance = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), std), torch.ones(1, 1, dtype=torch.float64), 1.0
+    data, x, variance = (
+        GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), std),
+        torch.ones(1, 1, dtype=torch.float64),
+        1.0,
+    )
     sigmas = sigma_schedule(steps, dtype=torch.float64)
     for a, b in zip(sigmas[:-1], sigmas[1:]):
         step = sde_step(data.velocity(x, a), x, a, b, 0.7, kind)
@@ -254,10 +300,16 @@ def test_mixture_velocity_is_the_conditional_mean(gen):
     data, noise = mixture.sample(200_000, gen), torch.randn(200_000, 1, generator=gen)
     x, sigma = 0.4 * data + 0.6 * noise, 0.6
     near = (x[:, 0] - 0.5).abs() < 0.05
-    torch.testing.assert_close((noise - data)[near].mean(), mixture.velocity(torch.tensor([[0.5]]), sigma)[0, 0], atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        (noise - data)[near].mean(),
+        mixture.velocity(torch.tensor([[0.5]]), sigma)[0, 0],
+        atol=0.05,
+        rtol=0,
+    )
 
 
 # Refusals
+
 
 @pytest.mark.parametrize(
     "change,message",
@@ -271,7 +323,10 @@ def test_mixture_velocity_is_the_conditional_mean(gen):
         ({"sigma": torch.tensor([0.9, 0.9])}, r"sigma has shape \(2,\)"),
         ({"noise_level": -0.1}, "noise_level=-0.1"),
         ({"noise_level": 1.2, "kind": "cps"}, "noise_level=1.2 with kind='cps'"),
-        ({"velocity": torch.zeros(2, 4, 5, 5)}, r"velocity has shape \(2, 4, 5, 5\), latents have \(3, 4, 5, 5\)"),
+        (
+            {"velocity": torch.zeros(2, 4, 5, 5)},
+            r"velocity has shape \(2, 4, 5, 5\), latents have \(3, 4, 5, 5\)",
+        ),
     ],
 )
 def test_bad_input_is_named(pair, change, message):

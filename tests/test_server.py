@@ -14,8 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chunk_grpo_nb.remote import RemoteReward, VlmJudge, decode_image, encode_image, read_rating
-from chunk_grpo_nb.rewards import (
+from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
     WeightedReward,
@@ -25,13 +24,20 @@ from chunk_grpo_nb.rewards import (
     score,
     score_async,
 )
-from chunk_grpo_nb.server import running_server, serve
+from chunk_grpo_nb.rewards.remote import (
+    RemoteReward,
+    VlmJudge,
+    decode_image,
+    encode_image,
+    read_rating,
+)
+from chunk_grpo_nb.rewards.server import running_server, serve
 
 pytest.importorskip("fastapi")
 IMAGES = [Image.new("RGB", (10 + i, 8), (i, 2 * i, 3)) for i in range(5)]
 PROMPTS = [f"prompt {i}" for i in range(5)]
 
-REWARDS = '''
+REWARDS = """
 import os, time
 
 def width(images, prompts, metadata):
@@ -50,7 +56,7 @@ def picky(images, prompts, metadata):
 
 def nan(images, prompts, metadata):
     return [float("nan") if p == "prompt 1" else 1.0 for p in prompts]
-'''
+"""
 
 
 def free_port() -> int:
@@ -63,8 +69,16 @@ def start(folder, port: int) -> subprocess.Popen:
     """A server process over the rewards above; returns when it answers."""
     (folder / "served_rewards.py").write_text(REWARDS)
     names = [f"served_rewards:{n}" for n in ("width", "hang", "die", "picky", "nan")]
-    code = f"from chunk_grpo_nb.server import serve; serve({names}, port={port}, max_batch=3)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "CHUNK_GRPO_TOKEN": "secret"})
+    code = (
+        f"from chunk_grpo_nb.rewards.server import serve; serve({names}, port={port}, max_batch=3)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "CHUNK_GRPO_TOKEN": "secret"},
+    )
     for _ in range(600):
         try:
             httpx.get(f"http://127.0.0.1:{port}/health", timeout=1, trust_env=False)
@@ -85,7 +99,10 @@ def server(tmp_path_factory):
 
 
 def client(server, name: str, **options) -> RemoteReward:
-    return make_reward(f"{server[0]}/{name}", **{"token": "secret", "batch_size": 3, "retries": 1, "backoff": 0.05, **options})
+    return make_reward(
+        f"{server[0]}/{name}",
+        **{"token": "secret", "batch_size": 3, "retries": 1, "backoff": 0.05, **options},
+    )
 
 
 # ---------------------------------------------------------------- a real process
@@ -93,9 +110,15 @@ def client(server, name: str, **options) -> RemoteReward:
 
 def test_scores_come_back_in_order_with_metadata(server):
     remote = client(server, "width", batch_size=2)
-    assert remote.health() == {"status": "ok", "rewards": ["die", "hang", "nan", "picky", "width"], "max_batch": 3}
+    assert remote.health() == {
+        "status": "ok",
+        "rewards": ["die", "hang", "nan", "picky", "width"],
+        "max_batch": 3,
+    }
     assert check_pairing(remote, IMAGES, PROMPTS).tolist() == [10, 111, 212, 313, 414]
-    assert score(remote, IMAGES, PROMPTS, [{"bonus": torch.tensor(1000 * i)} for i in range(5)]).tolist() == [10, 1111, 2212, 3313, 4414]
+    assert score(
+        remote, IMAGES, PROMPTS, [{"bonus": torch.tensor(1000 * i)} for i in range(5)]
+    ).tolist() == [10, 1111, 2212, 3313, 4414]
     assert score(remote, [], []).shape == (0,)
     remote.close()
 
@@ -104,7 +127,13 @@ def test_failures_of_the_reward_name_the_prompt_and_can_be_dropped(server):
     with pytest.raises(RewardError, match="prompt 2") as error:
         score(client(server, "picky", batch_size=1), IMAGES, PROMPTS)
     assert not isinstance(error.value, RewardUnavailable) and "no colour" in str(error.value)
-    assert score(client(server, "picky"), IMAGES, PROMPTS, on_failure="drop").isnan().tolist() == [False, False, True, False, False]
+    assert score(client(server, "picky"), IMAGES, PROMPTS, on_failure="drop").isnan().tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     with pytest.raises(RewardError, match="returned .nan. on 'prompt 1'"):
         score(client(server, "nan"), IMAGES, PROMPTS)
 
@@ -130,10 +159,24 @@ def test_a_reward_that_hangs_is_given_up_and_others_go_on(server):
 
 
 def test_garbage_requests_are_refused(server):
-    post = lambda body: httpx.post(f"{server[0]}/score/width", content=body, headers={"authorization": "Bearer secret"}, trust_env=False)
+    post = lambda body: httpx.post(
+        f"{server[0]}/score/width",
+        content=body,
+        headers={"authorization": "Bearer secret"},
+        trust_env=False,
+    )
     good = {"images": [encode_image(IMAGES[0])], "prompts": ["prompt 0"], "metadata": [{}]}
     assert post(json.dumps(good)).json() == {"scores": [10.0]}
-    for wrong in (b"\x80\x04", "[]", "{}", {**good, "prompts": []}, {**good, "prompts": [1]}, {**good, "metadata": [3]}, {**good, "images": ["AAAA"]}, {**good, "images": [7]}):
+    for wrong in (
+        b"\x80\x04",
+        "[]",
+        "{}",
+        {**good, "prompts": []},
+        {**good, "prompts": [1]},
+        {**good, "metadata": [3]},
+        {**good, "images": ["AAAA"]},
+        {**good, "images": [7]},
+    ):
         reply = post(wrong if isinstance(wrong, str | bytes) else json.dumps(wrong))
         assert reply.status_code == 400 and reply.json()["error"], wrong
 
@@ -158,7 +201,9 @@ def test_a_server_that_dies_is_named_and_one_that_comes_back_is_used(server):
         score(client(server, "width"), IMAGES[:1], PROMPTS[:1])
     with pytest.raises(RewardUnavailable, match="Is the reward server up"):
         client(server, "width").health()
-    pending = score_async(client(server, "width", retries=20, backoff=0.02), IMAGES[:1], PROMPTS[:1])
+    pending = score_async(
+        client(server, "width", retries=20, backoff=0.02), IMAGES[:1], PROMPTS[:1]
+    )
     with running_server({"width": lambda images, prompts, metadata: [7.0]}, port=port):
         assert pending.result(timeout=60).tolist() == [7.0]
 
@@ -298,23 +343,47 @@ def chat(reply: str, seen: list | None = None) -> httpx.MockTransport:
 def test_judge_asks_about_each_image_and_reads_the_last_score(tmp_path):
     seen = []
     (tmp_path / "question.txt").write_text("How good is {prompt}? {braces} stay.")
-    judge = make_reward("vlm_judge", url="http://127.0.0.1:1/", model="m", template=tmp_path / "question.txt", transport=chat("Final Score: 2\nFinal Score: 4.5", seen))
+    judge = make_reward(
+        "vlm_judge",
+        url="http://127.0.0.1:1/",
+        model="m",
+        template=tmp_path / "question.txt",
+        transport=chat("Final Score: 2\nFinal Score: 4.5", seen),
+    )
     assert score(judge, IMAGES[:2], ["a {x}", "b"]).tolist() == [4.5, 4.5]
     texts = sorted(request["messages"][0]["content"][1]["text"] for request in seen)
     assert texts == ["How good is a {x}? {braces} stay.", "How good is b? {braces} stay."]
-    assert seen[0]["temperature"] == 0 and seen[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert seen[0]["temperature"] == 0 and seen[0]["messages"][0]["content"][0]["image_url"][
+        "url"
+    ].startswith("data:image/png;base64,")
 
 
 def test_judge_without_a_score_is_nan_with_a_warning():
     judge = VlmJudge("http://127.0.0.1:1", "m", transport=chat("I cannot say."))
-    with pytest.warns(UserWarning, match="no score in the answer for 'prompt 0'"), pytest.raises(RewardError, match="returned .nan."):
+    with (
+        pytest.warns(UserWarning, match="no score in the answer for 'prompt 0'"),
+        pytest.raises(RewardError, match="returned .nan."),
+    ):
         score(judge, IMAGES[:1], PROMPTS[:1])
     with pytest.raises(RewardUnavailable, match="no chat completion"):
-        VlmJudge("http://127.0.0.1:1", "m", retries=0, transport=httpx.MockTransport(lambda r: httpx.Response(200, json={"choices": []})))(IMAGES[:1], ["a"], [{}])
+        VlmJudge(
+            "http://127.0.0.1:1",
+            "m",
+            retries=0,
+            transport=httpx.MockTransport(lambda r: httpx.Response(200, json={"choices": []})),
+        )(IMAGES[:1], ["a"], [{}])
     with pytest.raises(ValueError, match="no {prompt}"):
         VlmJudge("http://127.0.0.1:1", "m", template="rate it")
 
 
-@pytest.mark.parametrize("text, value", [("Final Score: 3", 3.0), ("final score - **4.25**", 4.25), ("**Final Score**: 5/5", 5.0), ("Final Score: -1", -1.0)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("Final Score: 3", 3.0),
+        ("final score - **4.25**", 4.25),
+        ("**Final Score**: 5/5", 5.0),
+        ("Final Score: -1", -1.0),
+    ],
+)
 def test_ratings(text, value):
     assert read_rating(text) == value

@@ -9,11 +9,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from chunk_grpo_nb.prompts import load_prompts
-from chunk_grpo_nb.rewards import make_reward
-from chunk_grpo_nb.shapes import verify, verify_batch, wanted_conditions
-from chunk_grpo_nb.shapes_proxies import near_miss, request_facts, scene_facts, truth
-from chunk_grpo_nb.shapes_report import balanced_requests
-from chunk_grpo_nb.shapes_scene import (
+from chunk_grpo_nb.rewards.registry import make_reward
+from chunk_grpo_nb.shapes.proxies import near_miss, request_facts, scene_facts, truth
+from chunk_grpo_nb.shapes.report import balanced_requests
+from chunk_grpo_nb.shapes.rewards import verify, verify_batch, wanted_conditions
+from chunk_grpo_nb.shapes.scenes import (
     COLOURS,
     KINDS,
     PREFIXES,
@@ -31,7 +31,7 @@ from chunk_grpo_nb.shapes_scene import (
     sample_scene,
     split_prompts,
 )
-from chunk_grpo_nb.shapes_verify import find_objects
+from chunk_grpo_nb.shapes.verifier import find_objects
 
 PROMPTS = Path(__file__).parent.parent / "data" / "prompts"
 
@@ -52,28 +52,52 @@ def test_captions_are_read_back(kind):
             assert parse_caption(caption(request, prefix, suffix)) == request
 
 
-@pytest.mark.parametrize("text", ["a dog", "seven circles", "a red circle above a square", "", "two circle", "a circle and a red square"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a dog",
+        "seven circles",
+        "a red circle above a square",
+        "",
+        "two circle",
+        "a circle and a red square",
+    ],
+)
 def test_captions_outside_the_grammar_are_refused(text):
     with pytest.raises(ValueError, match="outside the grammar"):
         parse_caption(text)
 
 
 def test_splits_share_no_caption():
-    texts = {split: {r["prompt"] for r in split_prompts(split)} for split in ("train", "validation", "test")}
-    assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"] and not texts["validation"] & texts["test"]
+    texts = {
+        split: {r["prompt"] for r in split_prompts(split)}
+        for split in ("train", "validation", "test")
+    }
+    assert (
+        not texts["train"] & texts["test"]
+        and not texts["train"] & texts["validation"]
+        and not texts["validation"] & texts["test"]
+    )
     assert all({r["kind"] for r in split_prompts(split)} == set(KINDS) for split in texts)
 
 
 def test_attribution_pairs_are_held_out_whole():
     pairs = {
-        split: {frozenset(parse_caption(r["prompt"]).objects) for r in split_prompts(split) if r["kind"] == "attribution"} for split in ("train", "test")
+        split: {
+            frozenset(parse_caption(r["prompt"]).objects)
+            for r in split_prompts(split)
+            if r["kind"] == "attribution"
+        }
+        for split in ("train", "test")
     }
     assert pairs["test"] and not pairs["train"] & pairs["test"]
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_prompt_files_hold_the_split(split):
-    lines = [json.loads(line) for line in (PROMPTS / f"shapes_{split}.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (PROMPTS / f"shapes_{split}.jsonl").read_text().splitlines()
+    ]
     known = {r["prompt"]: r for r in split_prompts(split)}
     assert all(line == known[line["prompt"]] for line in lines)
     assert {line["kind"] for line in lines} == set(KINDS)
@@ -84,7 +108,10 @@ def test_scenes_fulfil_their_request_inside_the_frame(world):
     requests, scenes, pictures = world
     assert truth(scene_facts(scenes), request_facts(requests)).diagonal().all()
     ground = np.array([scene.ground for scene in scenes])
-    assert np.abs(pictures[:, 0].mean(1) - ground).max() <= 1 and np.abs(pictures[:, :, -1].mean(1) - ground).max() <= 1
+    assert (
+        np.abs(pictures[:, 0].mean(1) - ground).max() <= 1
+        and np.abs(pictures[:, :, -1].mean(1) - ground).max() <= 1
+    )
 
 
 def test_an_impossible_scene_is_refused():
@@ -106,18 +133,29 @@ def test_the_verifier_reads_shape_colour_and_place(shape, colour):
     item = Item(shape, colour, 13.4, 18.2, 5.0)
     (found,) = find_objects(render([Scene((item,))]))[0]
     assert (found.shape, found.colour) == (shape, colour)
-    assert abs(found.x - item.x) < 0.5 and abs(found.y - item.y) < 0.5 and abs(found.radius - item.radius) < 0.3
+    assert (
+        abs(found.x - item.x) < 0.5
+        and abs(found.y - item.y) < 0.5
+        and abs(found.radius - item.radius) < 0.3
+    )
 
 
 def test_fresh_scenes_are_read_right(world):
     requests, _, pictures = world
-    assert np.mean([v.strict for v in verify_batch(pictures, [conditions(r) for r in requests])]) >= 0.995
+    assert (
+        np.mean([v.strict for v in verify_batch(pictures, [conditions(r) for r in requests])])
+        >= 0.995
+    )
 
 
 def test_blur_and_noise_do_not_blind_the_verifier(world):
     requests, _, pictures = world
-    rough = gaussian_filter(pictures.astype(float), (0, 0.7, 0.7, 0)) + np.random.default_rng(0).normal(0, 8, pictures.shape)
-    verdicts = verify_batch(rough.clip(0, 255).round().astype(np.uint8), [conditions(r) for r in requests])
+    rough = gaussian_filter(pictures.astype(float), (0, 0.7, 0.7, 0)) + np.random.default_rng(
+        0
+    ).normal(0, 8, pictures.shape)
+    verdicts = verify_batch(
+        rough.clip(0, 255).round().astype(np.uint8), [conditions(r) for r in requests]
+    )
     assert np.mean([v.strict for v in verdicts]) >= 0.98
 
 
@@ -136,7 +174,11 @@ def test_a_verdict_says_why():
     good = verify(Image.fromarray(picture), conditions(parse_caption("a circle left of a square")))
     assert good.strict and good.dense == 1 and good.reasons == [""] * 4
     bad = verify(picture, conditions(parse_caption("a circle above a square")))
-    assert bad.met == [True, True, False, True] and bad.reasons[2] == "no circle above a square" and bad.dense == 0.75
+    assert (
+        bad.met == [True, True, False, True]
+        and bad.reasons[2] == "no circle above a square"
+        and bad.dense == 0.75
+    )
     swapped = verify(picture, conditions(parse_caption("a blue circle and a red square")))
     assert swapped.met == [True, True, False, False, True]
     more = verify(picture, conditions(parse_caption("two circles")))
@@ -149,7 +191,14 @@ def test_relations_need_a_margin():
     assert not holds("left of", a, b) and not holds("right of", a, b)
 
 
-@pytest.mark.parametrize("image", [np.zeros((64, 64, 3), np.uint8), np.zeros((32, 32, 3), np.float32), Image.new("RGB", (512, 512))])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((64, 64, 3), np.uint8),
+        np.zeros((32, 32, 3), np.float32),
+        Image.new("RGB", (512, 512)),
+    ],
+)
 def test_pictures_of_another_size_are_refused(image):
     with pytest.raises(ValueError, match="32 x 32"):
         verify(image, conditions(parse_caption("a circle")))
@@ -167,7 +216,10 @@ def test_conditions_must_be_known():
 
 def test_gold_rewards(world):
     requests, _, pictures = world
-    images, prompts = [Image.fromarray(p) for p in pictures[::50]], [caption(r) for r in requests[::50]]
+    images, prompts = (
+        [Image.fromarray(p) for p in pictures[::50]],
+        [caption(r) for r in requests[::50]],
+    )
     metadata = [{"conditions": conditions(r)} for r in requests[::50]]
     assert make_reward("shapes_strict")(images, prompts, metadata) == [1.0] * len(images)
     assert make_reward("shapes_dense")(images, prompts, [{}] * len(images)) == [1.0] * len(images)

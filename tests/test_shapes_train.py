@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from chunk_grpo_nb.rewards import RewardUnavailable, make_reward
-from chunk_grpo_nb.shapes import load_scorer, shapes_path, verify_batch, world_facts
-from chunk_grpo_nb.shapes_proxies import (
+from chunk_grpo_nb.paths import shapes_path
+from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
+from chunk_grpo_nb.shapes.proxies import (
     build_clip,
     contrastive_loss,
     pair_margins,
@@ -19,9 +19,17 @@ from chunk_grpo_nb.shapes_proxies import (
     train_clip,
     train_preference,
 )
-from chunk_grpo_nb.shapes_report import clip_report, round_trip, verifier_agreement
-from chunk_grpo_nb.shapes_scene import CLIP_LENGTH, KINDS, TEXT_LENGTH, parse_caption, split_of, split_prompts
-from chunk_grpo_nb.shapes_train import (
+from chunk_grpo_nb.shapes.report import clip_report, round_trip, verifier_agreement
+from chunk_grpo_nb.shapes.rewards import load_scorer, verify_batch, world_facts
+from chunk_grpo_nb.shapes.scenes import (
+    CLIP_LENGTH,
+    KINDS,
+    TEXT_LENGTH,
+    parse_caption,
+    split_of,
+    split_prompts,
+)
+from chunk_grpo_nb.shapes.training import (
     FlowTraining,
     build_pipeline,
     build_tokenizers,
@@ -50,7 +58,13 @@ def tiny_pipeline():
 
 def weights(pipeline) -> torch.Tensor:
     """All trained weights in a row."""
-    return torch.cat([p.detach().flatten() for name in ("transformer", "text_encoder", "text_encoder_2") for p in getattr(pipeline, name).parameters()])
+    return torch.cat(
+        [
+            p.detach().flatten()
+            for name in ("transformer", "text_encoder", "text_encoder_2")
+            for p in getattr(pipeline, name).parameters()
+        ]
+    )
 
 
 def test_training_scenes_come_from_their_split():
@@ -77,7 +91,11 @@ def test_merges_make_words_whole():
         for word, parts in pieces.items():
             joined = []
             for part in parts:
-                joined = [*joined[:-1], a + b] if joined and (joined[-1], part) == (a, b) else [*joined, part]
+                joined = (
+                    [*joined[:-1], a + b]
+                    if joined and (joined[-1], part) == (a, b)
+                    else [*joined, part]
+                )
             pieces[word] = joined
     assert all(parts == [word + "</w>"] for word, parts in pieces.items())
     assert {"circle", "circles", "left", "four"} <= set(vocabulary())
@@ -91,13 +109,19 @@ def test_packing_is_that_of_the_pipeline():
 
 
 def test_sigmas_shift_to_noise():
-    plain, shifted = (sample_sigmas(1000, torch.Generator().manual_seed(0), shift=shift) for shift in (1.0, 3.0))
+    plain, shifted = (
+        sample_sigmas(1000, torch.Generator().manual_seed(0), shift=shift) for shift in (1.0, 3.0)
+    )
     assert torch.all((0 < plain) & (plain < shifted) & (shifted < 1))
 
 
 def test_learning_rate_rises_and_falls():
     rates = [TRAINING.lr_at(step) for step in range(6)]
-    assert rates[0] == TRAINING.lr / 2 and rates[1] == TRAINING.lr == rates[3] and rates[5] == pytest.approx(TRAINING.lr / 3)
+    assert (
+        rates[0] == TRAINING.lr / 2
+        and rates[1] == TRAINING.lr == rates[3]
+        and rates[5] == pytest.approx(TRAINING.lr / 3)
+    )
 
 
 def test_autoencoder_learns_and_sets_its_scale():
@@ -110,11 +134,24 @@ def test_autoencoder_learns_and_sets_its_scale():
 
 
 def test_resumed_training_equals_uninterrupted_training(tmp_path):
-    latents, captions = torch.randn(16, 16, 32, generator=torch.Generator().manual_seed(0)), ["a circle", "two red"] * 8
+    latents, captions = (
+        torch.randn(16, 16, 32, generator=torch.Generator().manual_seed(0)),
+        ["a circle", "two red"] * 8,
+    )
     whole, parts = tiny_pipeline(), tiny_pipeline()
     curve = train_flow(whole, latents, captions, TRAINING, tmp_path / "whole", unit=3)
-    train_flow(tiny_pipeline(), latents, captions, TRAINING, tmp_path / "parts", unit=3, stop_after=1e-9)
-    train_flow(tiny_pipeline(), latents, captions, replace(TRAINING, steps=6), tmp_path / "parts", unit=3, stop_after=1e-2)
+    train_flow(
+        tiny_pipeline(), latents, captions, TRAINING, tmp_path / "parts", unit=3, stop_after=1e-9
+    )
+    train_flow(
+        tiny_pipeline(),
+        latents,
+        captions,
+        replace(TRAINING, steps=6),
+        tmp_path / "parts",
+        unit=3,
+        stop_after=1e-2,
+    )
     train_flow(parts, latents, captions, TRAINING, tmp_path / "parts", unit=3)
     assert torch.equal(weights(whole), weights(parts))
     assert [row["step"] for row in curve] == [3, 6] and (tmp_path / "whole" / "curve.json").exists()
@@ -128,9 +165,16 @@ def test_published_pipeline_is_plain_diffusers(tmp_path):
     (tmp_path / "clip" / "kept").touch()
     publish(pipeline, tmp_path)
     loaded = FluxPipeline.from_pretrained(tmp_path, local_files_only=True)
-    assert [np.asarray(im).tolist() for im in draw(loaded, ["a circle"], 2)] == [np.asarray(im).tolist() for im in draw(pipeline, ["a circle"], 2)]
-    assert (tmp_path / "clip" / "kept").exists() and json.loads((tmp_path / "world.json").read_text())["height"] == 32
-    assert all(torch.equal(a, b) for a, b in zip(token_ids(loaded, ["a red circle"]), token_ids(pipeline, ["a red circle"])))
+    assert [np.asarray(im).tolist() for im in draw(loaded, ["a circle"], 2)] == [
+        np.asarray(im).tolist() for im in draw(pipeline, ["a circle"], 2)
+    ]
+    assert (tmp_path / "clip" / "kept").exists() and json.loads(
+        (tmp_path / "world.json").read_text()
+    )["height"] == 32
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(token_ids(loaded, ["a red circle"]), token_ids(pipeline, ["a red circle"]))
+    )
 
 
 def test_contrastive_loss_leaves_other_true_pairs_out():
@@ -150,9 +194,16 @@ def test_scorers_train_save_and_score(tmp_path):
     assert set(pairs.types) == {0, 1} and pairs.better.shape == pairs.worse.shape == (32, 32, 32, 3)
     train_preference(model, tokenizer, pairs, steps=3, batch=16)
     save_scorer(model, tokenizer, tmp_path / "pick")
-    scores = make_reward("shapes_pick", folder=str(tmp_path))(list(pairs.better), pairs.captions, [{}] * 32)
+    scores = make_reward("shapes_pick", folder=str(tmp_path))(
+        list(pairs.better), pairs.captions, [{}] * 32
+    )
     assert torch.isfinite(scores).all() and len(pair_margins(model, tokenizer, pairs)) == 32
-    assert not torch.equal(scores, make_reward("shapes_clip", folder=str(tmp_path))(list(pairs.better), pairs.captions, [{}] * 32))
+    assert not torch.equal(
+        scores,
+        make_reward("shapes_clip", folder=str(tmp_path))(
+            list(pairs.better), pairs.captions, [{}] * 32
+        ),
+    )
 
 
 def test_a_missing_scorer_is_named(tmp_path):
@@ -163,12 +214,16 @@ def test_a_missing_scorer_is_named(tmp_path):
 def test_agreement_with_the_verifier():
     pictures, captions = scene_data(30, seed=8)
     records = [{"prompt": text, "kind": parse_caption(text).kind} for text in captions]
-    from chunk_grpo_nb.shapes import wanted_conditions
+    from chunk_grpo_nb.shapes.rewards import wanted_conditions
 
     shuffled = [captions[(n + 7 * (n % 2)) % 30] for n in range(30)]
     verdicts = verify_batch(pictures, wanted_conditions(shuffled, [{}] * 30))
-    perfect = verifier_agreement([v.dense for v in verdicts], verdicts, [r["kind"] for r in records])
-    assert perfect["spearman with dense"] == pytest.approx(1) and perfect["right outscores wrong"] == 1
+    perfect = verifier_agreement(
+        [v.dense for v in verdicts], verdicts, [r["kind"] for r in records]
+    )
+    assert (
+        perfect["spearman with dense"] == pytest.approx(1) and perfect["right outscores wrong"] == 1
+    )
 
 
 def test_the_shipped_model_draws_its_captions():
@@ -180,7 +235,9 @@ def test_the_shipped_model_draws_its_captions():
     assert (facts["height"], facts["width"], facts["max_sequence_length"]) == (32, 32, TEXT_LENGTH)
     pipeline = FluxPipeline.from_pretrained(folder, local_files_only=True)
     records = [r for r in split_prompts("test", 6) if r["kind"] in ("single", "colours")]
-    verdicts = verify_batch(draw(pipeline, [r["prompt"] for r in records], 17), [r["conditions"] for r in records])
+    verdicts = verify_batch(
+        draw(pipeline, [r["prompt"] for r in records], 17), [r["conditions"] for r in records]
+    )
     assert np.mean([v.strict for v in verdicts]) >= 0.7
 
 
@@ -197,14 +254,35 @@ def test_the_training_notebooks_run_small(tmp_path):
     notebooks = Path(__file__).parent.parent / "nbs" / "experiments"
     small = {
         "world_1_vae": {"scenes": 200, "steps": 10},
-        "world_2_transformer": {"scenes": 200, "steps": 6, "unit": 3, "last_step": 6, "evaluate_every": 3, "evaluate_per_kind": 1},
+        "world_2_transformer": {
+            "scenes": 200,
+            "steps": 6,
+            "unit": 3,
+            "last_step": 6,
+            "evaluate_every": 3,
+            "evaluate_per_kind": 1,
+        },
         "world_3_clip": {"scenes": 300, "steps": 4, "test_per_kind": 4},
         "world_4_preference": {"pairs": 200, "steps": 4, "test_pairs": 60},
-        "world_5_report": {"per_kind": 2, "images": 1, "verifier_per_kind": 10, "groups_per_kind": 1},
+        "world_5_report": {
+            "per_kind": 2,
+            "images": 1,
+            "verifier_per_kind": 10,
+            "groups_per_kind": 1,
+        },
     }
     for name, parameters in small.items():
         papermill.execute_notebook(
-            notebooks / f"{name}.ipynb", tmp_path / f"{name}.ipynb", {**parameters, "threads": 1, "out_dir": str(tmp_path / "world")},
-            kernel_name="python3", progress_bar=False,
+            notebooks / f"{name}.ipynb",
+            tmp_path / f"{name}.ipynb",
+            {**parameters, "threads": 1, "out_dir": str(tmp_path / "world")},
+            kernel_name="python3",
+            progress_bar=False,
         )
-    assert {p.name for p in (tmp_path / "world").glob("*.json")} == {"vae.json", "flow.json", "clip.json", "pick.json", "report.json"}
+    assert {p.name for p in (tmp_path / "world").glob("*.json")} == {
+        "vae.json",
+        "flow.json",
+        "clip.json",
+        "pick.json",
+        "report.json",
+    }

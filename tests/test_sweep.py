@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from chunk_grpo_nb.sweep import (
+from chunk_grpo_nb.analysis.sweep import (
     check_parameters,
     load_sweep,
     notebook_parameters,
@@ -32,9 +32,16 @@ out_dir: str = "runs/x"  # where results go"""
 
 
 def write(path: Path, code: str, parameters: str | None = PARAMETERS) -> Path:
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nb = nbformat.v4.new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
+        }
+    )
     tags = {"tags": ["parameters"]} if parameters else {}
-    nb.cells = [nbformat.v4.new_code_cell(parameters or "", metadata=tags), nbformat.v4.new_code_cell(code)]
+    nb.cells = [
+        nbformat.v4.new_code_cell(parameters or "", metadata=tags),
+        nbformat.v4.new_code_cell(code),
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
     return path
@@ -43,7 +50,10 @@ def write(path: Path, code: str, parameters: str | None = PARAMETERS) -> Path:
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with nbs/experiments and sweeps; `sweep(text)` writes a sweep file and loads it."""
-    write(tmp_path / "nbs/experiments/toy.ipynb", "import os, time; assert seed < 5, 'too large'\nif name == 'die': os._exit(1)\ntime.sleep(lr)")
+    write(
+        tmp_path / "nbs/experiments/toy.ipynb",
+        "import os, time; assert seed < 5, 'too large'\nif name == 'die': os._exit(1)\ntime.sleep(lr)",
+    )
     return tmp_path
 
 
@@ -59,18 +69,21 @@ def test_parameters_are_read_with_type_default_and_help(checkout):
     assert known["fast"].help == "or slow"
 
 
-@pytest.mark.parametrize("parameters, message", [
-    ({"sed": 1}, "no parameter 'sed'; did you mean 'seed'"),
-    ({"zzz": 1}, "there are: .*seed"),
-    ({"seed": 1.0}, "seed = 1.0 is a float, expected int"),
-    ({"seed": True}, "expected int"),
-    ({"lr": "1e-5"}, r"a float needs a dot"),
-    ({"fast": 1}, "expected bool"),
-    ({"name": 3}, "expected str"),
-    ({"sizes": "[1, 2]"}, r"expected list\[int\]"),
-    ({"sizes": [1, "2"]}, r"expected list\[int\]"),
-    ({"rewards": [1]}, "expected dict"),
-])
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"sed": 1}, "no parameter 'sed'; did you mean 'seed'"),
+        ({"zzz": 1}, "there are: .*seed"),
+        ({"seed": 1.0}, "seed = 1.0 is a float, expected int"),
+        ({"seed": True}, "expected int"),
+        ({"lr": "1e-5"}, r"a float needs a dot"),
+        ({"fast": 1}, "expected bool"),
+        ({"name": 3}, "expected str"),
+        ({"sizes": "[1, 2]"}, r"expected list\[int\]"),
+        ({"sizes": [1, "2"]}, r"expected list\[int\]"),
+        ({"rewards": [1]}, "expected dict"),
+    ],
+)
 def test_wrong_parameters_are_refused_before_a_kernel_starts(checkout, parameters, message):
     notebook = checkout / "nbs/experiments/toy.ipynb"
     with pytest.raises((ValueError, TypeError), match=message):
@@ -80,7 +93,12 @@ def test_wrong_parameters_are_refused_before_a_kernel_starts(checkout, parameter
 
 def test_right_parameters_pass_and_ints_become_floats(checkout):
     values = check_parameters(checkout / "nbs/experiments/toy.ipynb", {"lr": 1, "sizes": (3, 4)})
-    assert values["lr"] == 1.0 and isinstance(values["lr"], float) and values["sizes"] == [3, 4] and values["seed"] == 0
+    assert (
+        values["lr"] == 1.0
+        and isinstance(values["lr"], float)
+        and values["sizes"] == [3, 4]
+        and values["seed"] == 0
+    )
 
 
 def test_notebooks_that_cannot_be_launched(tmp_path):
@@ -89,27 +107,38 @@ def test_notebooks_that_cannot_be_launched(tmp_path):
     with pytest.raises(ValueError, match="no cell tagged"):
         notebook_parameters(write(tmp_path / "bare.ipynb", "1", None))
     with pytest.raises(ValueError, match="plain literals"):
-        notebook_parameters(write(tmp_path / "code.ipynb", "1", "seed: int = len('abc')  # no literal"))
+        notebook_parameters(
+            write(tmp_path / "code.ipynb", "1", "seed: int = len('abc')  # no literal")
+        )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("experiment: tyo\ngrid: {seed: [0]}", "unknown experiment 'tyo'; did you mean 'toy'"),
-    ("grid: {seed: [0]}", "needs 'experiment:'"),
-    ("- a", "needs 'experiment:'"),
-    ("experiment: [toy", "not readable as YAML"),
-    ("experiment: toy\ngird: {seed: [0]}", "unknown section 'gird'; did you mean 'grid'"),
-    ("experiment: toy\narms: [a, b]", "arms is a list"),
-    ("experiment: toy\narms: {a: 3}", "arm 'a' is 3"),
-    ("experiment: toy", "empty grid"),
-    ("experiment: toy\ngrid: {seed: []}", "axis 'seed' is \\[\\]"),
-    ("experiment: toy\ngrid: {seed: 3}", "axis 'seed' is 3"),
-    ("experiment: toy\ngrid: {sed: [0]}", "no parameter 'sed'; did you mean 'seed'"),
-    ("experiment: toy\narms: {a: {lr: 1e-3}}", "arm 'a'.*a float needs a dot"),
-    ("experiment: toy\ngrid: {seed: [1, 1]}", "duplicate cell"),
-    ("experiment: toy\narms: {a: {lr: 1}, b: {lr: 1.0}}", "duplicate cell: b-.* same parameters as a-"),
-    ("experiment: toy\narms: {a: {seed: 1}}\ngrid: {seed: [1]}", "'seed' is set by the grid"),
-    ("experiment: toy\nfixed: {out_dir: x}\ngrid: {seed: [1]}", "'out_dir' is set by the sweep"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("experiment: tyo\ngrid: {seed: [0]}", "unknown experiment 'tyo'; did you mean 'toy'"),
+        ("grid: {seed: [0]}", "needs 'experiment:'"),
+        ("- a", "needs 'experiment:'"),
+        ("experiment: [toy", "not readable as YAML"),
+        ("experiment: toy\ngird: {seed: [0]}", "unknown section 'gird'; did you mean 'grid'"),
+        ("experiment: toy\narms: [a, b]", "arms is a list"),
+        ("experiment: toy\narms: {a: 3}", "arm 'a' is 3"),
+        ("experiment: toy", "empty grid"),
+        ("experiment: toy\ngrid: {seed: []}", "axis 'seed' is \\[\\]"),
+        ("experiment: toy\ngrid: {seed: 3}", "axis 'seed' is 3"),
+        ("experiment: toy\ngrid: {sed: [0]}", "no parameter 'sed'; did you mean 'seed'"),
+        ("experiment: toy\narms: {a: {lr: 1e-3}}", "arm 'a'.*a float needs a dot"),
+        ("experiment: toy\ngrid: {seed: [1, 1]}", "duplicate cell"),
+        (
+            "experiment: toy\narms: {a: {lr: 1}, b: {lr: 1.0}}",
+            "duplicate cell: b-.* same parameters as a-",
+        ),
+        ("experiment: toy\narms: {a: {seed: 1}}\ngrid: {seed: [1]}", "'seed' is set by the grid"),
+        (
+            "experiment: toy\nfixed: {out_dir: x}\ngrid: {seed: [1]}",
+            "'out_dir' is set by the sweep",
+        ),
+    ],
+)
 def test_bad_sweep_files_are_refused(checkout, text, message):
     with pytest.raises((ValueError, TypeError), match=message):
         sweep(checkout, text)
@@ -125,10 +154,20 @@ def test_cell_keys_follow_the_parameters_and_the_defaults(checkout):
     text = "experiment: toy\narms: {a: {}, b: {lr: 0.5}}\ngrid: {seed: [0, 1]}"
     first, again = sweep(checkout, text), sweep(checkout, text)
     assert [c.key for c in first.cells] == [c.key for c in again.cells]
-    assert [(c.arm, c.axes["seed"]) for c in first.cells] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert [(c.arm, c.axes["seed"]) for c in first.cells] == [
+        ("a", 0),
+        ("a", 1),
+        ("b", 0),
+        ("b", 1),
+    ]
     write(checkout / "nbs/experiments/toy.ipynb", "1", PARAMETERS.replace("1e-3", "2e-3"))
     changed = sweep(checkout, text)
-    assert [c.key == d.key for c, d in zip(first.cells, changed.cells)] == [False, False, True, True]
+    assert [c.key == d.key for c, d in zip(first.cells, changed.cells)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_results_folders_that_are_not_one(checkout):
@@ -145,8 +184,12 @@ def test_results_folders_that_are_not_one(checkout):
 
 
 def test_failures_are_listed_and_done_cells_are_not_run_again(checkout):
-    grid = sweep(checkout, "experiment: toy\narms: {a: {}, dead: {name: die}}\ngrid: {seed: [0, 9]}")
-    grid = type(grid)(grid.name, grid.notebook, grid.cells[:3])  # a-0 works, a-9 raises, dead-0 kills its kernel
+    grid = sweep(
+        checkout, "experiment: toy\narms: {a: {}, dead: {name: die}}\ngrid: {seed: [0, 9]}"
+    )
+    grid = type(grid)(
+        grid.name, grid.notebook, grid.cells[:3]
+    )  # a-0 works, a-9 raises, dead-0 kills its kernel
     seen = []
     status = run_sweep(grid, checkout / "out", jobs=2, report=seen.append)
     assert status.status.tolist() == ["done", "failed", "failed"]
@@ -156,7 +199,10 @@ def test_failures_are_listed_and_done_cells_are_not_run_again(checkout):
         run_sweep(sweep(checkout, "experiment: toy\ngrid: {seed: [0]}", "other"), checkout / "out")
     executed = Path(status.folder[0], "toy.ipynb")
     stamp = executed.stat().st_mtime_ns
-    assert run_cell(grid, grid.cells[0], checkout / "out") == "done" and executed.stat().st_mtime_ns == stamp
+    assert (
+        run_cell(grid, grid.cells[0], checkout / "out") == "done"
+        and executed.stat().st_mtime_ns == stamp
+    )
     assert run_cell(grid, grid.cells[1], checkout / "out") == "failed"
     assert [p.name for p in (checkout / "out/attempts").iterdir()] == [grid.cells[1].name + ".1"]
 
@@ -164,13 +210,20 @@ def test_failures_are_listed_and_done_cells_are_not_run_again(checkout):
 def test_a_kill_loses_the_running_cells_only(checkout):
     text = "experiment: toy\ngrid: {lr: [0.01, 600.0]}"
     grid = sweep(checkout, text)
-    code = f"from chunk_grpo_nb.sweep import *; run_sweep(load_sweep({str(checkout / 'grid.yaml')!r}), {str(checkout / 'out')!r}, jobs=1)"
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = f"from chunk_grpo_nb.analysis.sweep import *; run_sweep(load_sweep({str(checkout / 'grid.yaml')!r}), {str(checkout / 'out')!r}, jobs=1)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while sweep_status(grid, checkout / "out").status.tolist() != ["done", "running"]:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    assert run_cell(grid, grid.cells[1], checkout / "out") == "running", "a second runner leaves it alone"
+    assert run_cell(grid, grid.cells[1], checkout / "out") == "running", (
+        "a second runner leaves it alone"
+    )
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 30
@@ -179,8 +232,13 @@ def test_a_kill_loses_the_running_cells_only(checkout):
         time.sleep(0.2)
     assert "interrupted" in progress_text(sweep_status(grid, checkout / "out"))
     write(grid.notebook, "import pathlib; pathlib.Path(out_dir).mkdir(parents=True)")
-    assert run_sweep(grid, checkout / "out", jobs=1, report=lambda text: None).status.tolist() == ["done", "done"]
-    assert Path(sweep_status(grid, checkout / "out").folder[1], "run").is_dir(), "out_dir lies in the cell's folder"
+    assert run_sweep(grid, checkout / "out", jobs=1, report=lambda text: None).status.tolist() == [
+        "done",
+        "done",
+    ]
+    assert Path(sweep_status(grid, checkout / "out").folder[1], "run").is_dir(), (
+        "out_dir lies in the cell's folder"
+    )
     assert len(list((checkout / "out/attempts").iterdir())) == 1
 
 
@@ -197,4 +255,6 @@ def test_given_folders_are_seen_from_where_the_caller_is(checkout, monkeypatch):
     (checkout / "elsewhere").mkdir()
     monkeypatch.chdir(checkout / "elsewhere")
     run_notebook(notebook, "one.ipynb", {"out_dir": "runs/mine"})
-    assert (checkout / "elsewhere/runs/mine").is_dir() and (checkout / "elsewhere/one.ipynb").is_file()
+    assert (checkout / "elsewhere/runs/mine").is_dir() and (
+        checkout / "elsewhere/one.ipynb"
+    ).is_file()

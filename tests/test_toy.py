@@ -17,7 +17,7 @@ def rolled():
     "An off-policy situation: rolled out by one policy, updated for another, adaptive chunks, half of them selected."
     generator, prompts = torch.Generator().manual_seed(0), torch.arange(4).repeat_interleave(8)
     old_policy, policy = toy.make_policy(0), toy.make_policy(1)
-    torch.nn.init.normal_(policy[-1].weight, std=0.3) # far enough that some chunks are clipped
+    torch.nn.init.normal_(policy[-1].weight, std=0.3)  # far enough that some chunks are clipped
     states, base = toy.rollout(old_policy, prompts, generator)
     old = toy.log_probs(old_policy, states, base, prompts).detach()
     chunk_ids = adaptive_chunks(relative_distance(states[:, :-1]))
@@ -28,6 +28,7 @@ def rolled():
 
 # What a mistake looks like: the loss of the tutorial with one thing wrong.
 
+
 def wrong_sign(policy, rolled, chunk_ids, advantages, selected, weights=None):
     return toy.update_loss(policy, rolled, chunk_ids, -advantages, selected, weights)
 
@@ -37,21 +38,34 @@ def dropped_selection(policy, rolled, chunk_ids, advantages, selected, weights=N
 
 
 def dropped_padding_mask(policy, rolled, chunk_ids, advantages, selected, weights=None):
-    return toy.update_loss(policy, rolled, chunk_ids, advantages, torch.ones_like(selected), weights)
+    return toy.update_loss(
+        policy, rolled, chunk_ids, advantages, torch.ones_like(selected), weights
+    )
 
 
 def sum_over_chunks(policy, rolled, chunk_ids, advantages, selected, weights=None):
-    return toy.update_loss(policy, rolled, chunk_ids, advantages, selected, selected.sum(1, keepdim=True).float().expand(selected.shape))
+    return toy.update_loss(
+        policy,
+        rolled,
+        chunk_ids,
+        advantages,
+        selected,
+        selected.sum(1, keepdim=True).float().expand(selected.shape),
+    )
 
 
 def mean_over_all_chunks(policy, rolled, chunk_ids, advantages, selected, weights=None):
     share = selected.sum(1, keepdim=True) / chunk_mask(chunk_ids).sum(1, keepdim=True)
-    return toy.update_loss(policy, rolled, chunk_ids, advantages, selected, share.expand(selected.shape))
+    return toy.update_loss(
+        policy, rolled, chunk_ids, advantages, selected, share.expand(selected.shape)
+    )
 
 
 def sum_inside_the_chunk(policy, rolled, chunk_ids, advantages, selected, weights=None):
     states, base, prompts, old = rolled
-    lengths = chunk_mask(chunk_ids) * (chunk_ids[..., None] == torch.arange(selected.shape[1])).sum(1)
+    lengths = chunk_mask(chunk_ids) * (chunk_ids[..., None] == torch.arange(selected.shape[1])).sum(
+        1
+    )
     ratio = chunk_ratio(toy.log_probs(policy, states, base, prompts), old, chunk_ids) ** lengths
     return clipped_objective(ratio, advantages, 0.1, mask=selected)
 
@@ -62,10 +76,19 @@ def never_clipped(policy, rolled, chunk_ids, advantages, selected, weights=None)
     return clipped_objective(ratio, advantages, (1.0, 1e9), mask=selected)
 
 
-MISTAKES = [wrong_sign, dropped_selection, dropped_padding_mask, sum_over_chunks, mean_over_all_chunks, sum_inside_the_chunk, never_clipped]
+MISTAKES = [
+    wrong_sign,
+    dropped_selection,
+    dropped_padding_mask,
+    sum_over_chunks,
+    mean_over_all_chunks,
+    sum_inside_the_chunk,
+    never_clipped,
+]
 
 
 # The checks
+
 
 def reference_loss(policy, rolled, chunk_ids, advantages, selected):
     "The objective of the paper, sample by sample and chunk by chunk, without the library."
@@ -75,7 +98,11 @@ def reference_loss(policy, rolled, chunk_ids, advantages, selected):
         terms = []
         for j in range(int(chunk_ids[i].max()) + 1):
             if selected[i, j]:
-                ratio = torch.exp(torch.stack([difference[i, t] for t in range(16) if chunk_ids[i, t] == j]).mean())
+                ratio = torch.exp(
+                    torch.stack(
+                        [difference[i, t] for t in range(16) if chunk_ids[i, t] == j]
+                    ).mean()
+                )
                 terms.append(min(ratio * advantages[i], min(max(ratio, 0.9), 1.1) * advantages[i]))
         total = total - sum(terms) / len(terms) / len(states)
     return total
@@ -84,7 +111,9 @@ def reference_loss(policy, rolled, chunk_ids, advantages, selected):
 def check_gradient(loss, case):
     "The gradient of the loss is that of the paper's objective."
     policy = case[0]
-    found, expected = (torch.autograd.grad(f(*case), list(policy.parameters())) for f in (loss, reference_loss))
+    found, expected = (
+        torch.autograd.grad(f(*case), list(policy.parameters())) for f in (loss, reference_loss)
+    )
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
@@ -122,14 +151,18 @@ def test_a_wrong_sign_fails_the_learning_check():
 
 
 def test_mistakes_that_training_forgives_need_the_gradient_check():
-    check_learns("adaptive", 0, loss=dropped_padding_mask) # Adam does not mind: why a rising reward proves so little
+    check_learns(
+        "adaptive", 0, loss=dropped_padding_mask
+    )  # Adam does not mind: why a rising reward proves so little
 
 
 def test_ratios_are_one_before_the_first_update():
     prompts, policy = torch.arange(4), toy.make_policy(0)
     states, base = toy.rollout(policy, prompts, torch.Generator().manual_seed(0))
     log_probs = toy.log_probs(policy, states, base, prompts)
-    assert (chunk_ratio(log_probs, log_probs.detach(), make_chunker("fixed:2,3,4,7")(log_probs)) == 1).all()
+    assert (
+        chunk_ratio(log_probs, log_probs.detach(), make_chunker("fixed:2,3,4,7")(log_probs)) == 1
+    ).all()
 
 
 def test_streamed_training_gradient(rolled):
@@ -150,4 +183,6 @@ def test_value_maps_predict_the_reward():
     for step in (0, 6, 12):
         expected = toy.lookup(maps[step], states[:, step, None] / 6)[:, 0]
         error = (toy.reward(states[:, -1], prompts) - expected).double()
-        assert abs(error.mean()) < 3 * error.std() / 2000**0.5 + 0.005 # unbiased, up to noise and grid
+        assert (
+            abs(error.mean()) < 3 * error.std() / 2000**0.5 + 0.005
+        )  # unbiased, up to noise and grid

@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
-from chunk_grpo_nb.policy import Policy, Recording, Sampler, check_replay, load_policy
-from chunk_grpo_nb.recording import flow_scheduler
-from chunk_grpo_nb.tiny import TINY, TINY_SIZE, tiny_embeddings, tiny_pipeline
+from chunk_grpo_nb.models.policy import Policy, Recording, Sampler, check_replay, load_policy
+from chunk_grpo_nb.models.recording import flow_scheduler
+from chunk_grpo_nb.models.tiny import TINY, TINY_SIZE, tiny_embeddings, tiny_pipeline
 
 PROMPTS = ["a red circle", "a red circle", "two blue square and a green circle"]
 SEEDS = {"init_seeds": [1, 2, 3], "noise_seeds": [4, 5, 6]}
@@ -23,7 +23,9 @@ def tiny_policy(name: str = "flux", prompts=PROMPTS, **options) -> Policy:
         dtype = policy.transformer.dtype
         for prompt in dict.fromkeys(prompts):
             values = tiny_embeddings(name, prompt)
-            policy.set_embeddings(prompt, {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()})
+            policy.set_embeddings(
+                prompt, {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()}
+            )
     return policy
 
 
@@ -44,9 +46,17 @@ def stock_images(policy: Policy, name: str, pipe=None, output_type: str = "pil",
     guidance = sampler.guidance(pipe)
     embeddings = policy.text.batch(PROMPTS, policy.family.is_guided(pipe, guidance)).embeddings
     try:
-        return pipe(**embeddings, **{policy.family.guidance_arg: guidance}, **policy.family.call_options, num_inference_steps=sampler.num_steps,
-                    height=sampler.height, width=sampler.width, generator=[torch.Generator().manual_seed(s) for s in SEEDS["init_seeds"]],
-                    output_type=output_type, **options).images
+        return pipe(
+            **embeddings,
+            **{policy.family.guidance_arg: guidance},
+            **policy.family.call_options,
+            num_inference_steps=sampler.num_steps,
+            height=sampler.height,
+            width=sampler.width,
+            generator=[torch.Generator().manual_seed(s) for s in SEEDS["init_seeds"]],
+            output_type=output_type,
+            **options,
+        ).images
     finally:
         pipe.scheduler = stock
 
@@ -64,7 +74,9 @@ def disturb(policy: Policy, scale: float = 0.05, seed: int = 0) -> None:
 
 def all_pairs(recording: Recording) -> tuple[torch.Tensor, torch.Tensor]:
     """Every trained (row, step) pair, in a shuffled order."""
-    pairs = torch.cartesian_prod(torch.arange(len(recording)), torch.arange(recording.num_steps - 1))
+    pairs = torch.cartesian_prod(
+        torch.arange(len(recording)), torch.arange(recording.num_steps - 1)
+    )
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
     return pairs[:, 0], pairs[:, 1]
 
@@ -79,9 +91,13 @@ def check_noise_free_sampling(name: str) -> str:
     for options in ({"noise_level": 0.0}, {"kind": "ode"}):
         recording = draw(policy, tiny_sampler(name, **options))
         assert recording.log_probs.shape == (3, 0)
-        assert same_images(policy.decode(recording), stock), f"{name}: images differ from the stock pipeline's"
+        assert same_images(policy.decode(recording), stock), (
+            f"{name}: images differ from the stock pipeline's"
+        )
     if name != "flux2-klein":  # its "latent" output is already unpacked
-        assert torch.equal(recording.final, stock_images(policy, name, output_type="latent")), f"{name}: latents differ from the stock pipeline's"
+        assert torch.equal(recording.final, stock_images(policy, name, output_type="latent")), (
+            f"{name}: latents differ from the stock pipeline's"
+        )
     return "bit-equal"
 
 
@@ -90,11 +106,17 @@ def check_replay_equals_recording(name: str) -> str:
     policy = tiny_policy(name, lora_rank=2)
     recording = draw(policy, tiny_sampler(name))
     report = check_replay(policy, recording)
-    assert report["velocity_error"] == 0 and report["log_prob_error"] == 0 and report["gradient_norm"] > 0, report
+    assert (
+        report["velocity_error"] == 0
+        and report["log_prob_error"] == 0
+        and report["gradient_norm"] > 0
+    ), report
     rows, steps = all_pairs(recording)
     velocity = policy.velocity(recording, rows, steps)
     error = (velocity - recording.velocities[rows, steps]).norm() / velocity.norm()
-    assert velocity.requires_grad and error < 1e-5, f"{name}: relative error {error:.2g} in shuffled rows"
+    assert velocity.requires_grad and error < 1e-5, (
+        f"{name}: relative error {error:.2g} in shuffled rows"
+    )
     return f"{error:.0e}"
 
 
@@ -107,7 +129,9 @@ def check_gradient(name: str) -> str:
     rows = torch.arange(len(recording))
     weights = torch.randn(recording.final.shape, generator=torch.Generator().manual_seed(1))
     velocity = policy.velocity(recording, rows, torch.zeros_like(rows))
-    found = torch.autograd.grad((velocity * weights).sum(), parameters, allow_unused=True)  # Qwen-Image drops the last block's text output
+    found = torch.autograd.grad(
+        (velocity * weights).sum(), parameters, allow_unused=True
+    )  # Qwen-Image drops the last block's text output
     parameters, grads = zip(*[(p, g) for p, g in zip(parameters, found) if g is not None])
     norm = torch.cat([g.flatten() for g in grads]).norm()
     moved = []
@@ -144,12 +168,16 @@ def check_update_changes_image(name: str) -> str:
     before = draw(policy, plain).final
     rows, steps = all_pairs(recording)
     optimizer = torch.optim.SGD(policy.trainable_parameters(), lr=1.0)
-    (policy.log_prob(recording, rows, steps)[0] * torch.tensor([1.0, -1.0, 0.5])[rows]).mean().backward()
+    (
+        policy.log_prob(recording, rows, steps)[0] * torch.tensor([1.0, -1.0, 0.5])[rows]
+    ).mean().backward()
     optimizer.step()
     moved = (draw(policy, plain).final - before).flatten(1).abs().amax(1)
     assert (moved > 0).all(), f"{name}: {moved}"
     with policy.reference():
-        assert torch.equal(draw(policy, plain).final, before), f"{name}: the reference is not the base model"
+        assert torch.equal(draw(policy, plain).final, before), (
+            f"{name}: the reference is not the base model"
+        )
     return f"{moved.max():.0e}"
 
 
@@ -162,7 +190,9 @@ def check_lora_loads_in_stock(name: str) -> str:
     assert not same_images(stock_images(policy, name, stock), images)
     with tempfile.TemporaryDirectory() as folder:
         stock.load_lora_weights(policy.save(folder))
-    assert same_images(stock_images(policy, name, stock), images), f"{name}: the LoRA draws other images in the stock pipeline"
+    assert same_images(stock_images(policy, name, stock), images), (
+        f"{name}: the LoRA draws other images in the stock pipeline"
+    )
     return "same images"
 
 
@@ -179,5 +209,6 @@ CHECKS = {  # column of the support table -> check
 def quiet() -> None:
     """Silence diffusers' notes about text-encoder LoRAs that are not there."""
     from diffusers.utils import logging
+
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="peft")
