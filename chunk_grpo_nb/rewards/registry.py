@@ -84,6 +84,7 @@ REWARD_MODULES = {  # name -> module that registers it, imported on first use
     "ocr": "chunk_grpo_nb.rewards.ocr",
     "vlm_judge": "chunk_grpo_nb.rewards.remote",
     "geneval": "chunk_grpo_nb.rewards.geneval",
+    "votes": "chunk_grpo_nb.rewards.votes",
 }
 
 # %% ../../nbs/rewards/01_registry.ipynb #2d9be5a3
