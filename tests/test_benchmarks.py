@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from chunk_grpo_nb.prompts import Prompt, load_prompts
+from chunk_grpo_nb.rewards import benchmarks, geneval
 from chunk_grpo_nb.rewards.geneval import (
     GENEVAL_CLASSES,
     GENEVAL_COLOURS,
@@ -24,8 +25,6 @@ from chunk_grpo_nb.rewards.geneval import (
 )
 from chunk_grpo_nb.rewards.registry import (
     RewardUnavailable,
-    benchmarks,
-    geneval,
     make_reward,
     score,
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from chunk_grpo_nb.rewards import registry as rewards
 from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
@@ -20,7 +21,6 @@ from chunk_grpo_nb.rewards.registry import (
     score,
     score_async,
 )
-from chunk_grpo_nb.rewards.registry import registry as rewards
 
 IMAGES = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(5)]
 PROMPTS = [f"prompt {i}" for i in range(5)]

@@ -9,16 +9,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from chunk_grpo_nb.rewards import clip_family, ocr, vlm, weights
 from chunk_grpo_nb.rewards.registry import (
     RewardUnavailable,
     check_pairing,
     make_reward,
-    ocr,
     score,
-    weights,
 )
-from chunk_grpo_nb.rewards.registry import clip_family as scorers
-from chunk_grpo_nb.rewards.registry import vlm as scorers_vlm
 
 PROMPTS = ["a red cube", "two blue spheres", "a dog on a mat"]
 
@@ -89,11 +86,11 @@ def random_state(shapes: dict, seed: int = 0, scale: float = 0.2) -> dict:
 def test_hpsv2_layout_fills_every_parameter():
     from transformers import CLIPModel
 
-    config = scorers.vit_h_config()
+    config = clip_family.vit_h_config()
     with torch.device("meta"):
         model = CLIPModel(config)
-        ported = scorers.openclip_to_transformers(
-            {k: torch.empty(s) for k, s in scorers.openclip_shapes(config).items()}
+        ported = clip_family.openclip_to_transformers(
+            {k: torch.empty(s) for k, s in clip_family.openclip_shapes(config).items()}
         )
     weights.check_layout(weights.shapes_of(ported), weights.shapes_of(model), "HPSv2.1")
     assert (
@@ -104,15 +101,15 @@ def test_hpsv2_layout_fills_every_parameter():
 def test_imagereward_layout_fills_every_parameter():
     from transformers import BlipTextModel, BlipVisionModel
 
-    vision, text = scorers_vlm.imagereward_configs()
+    vision, text = vlm.imagereward_configs()
     with torch.device("meta"):
-        parts = scorers_vlm.imagereward_to_transformers(
-            {k: torch.empty(s) for k, s in scorers_vlm.imagereward_shapes(vision, text).items()}
+        parts = vlm.imagereward_to_transformers(
+            {k: torch.empty(s) for k, s in vlm.imagereward_shapes(vision, text).items()}
         )
         modules = (
             BlipVisionModel(vision),
             BlipTextModel(text, add_pooling_layer=False),
-            scorers.score_head(768),
+            clip_family.score_head(768),
         )
     for part, module in zip(parts, modules):
         weights.check_layout(weights.shapes_of(part), weights.shapes_of(module), "ImageReward")
@@ -122,8 +119,8 @@ def test_imagereward_layout_fills_every_parameter():
 def test_hpsv3_layout_fills_every_parameter(new_names):
     from transformers import Qwen2VLModel
 
-    config = scorers_vlm.hpsv3_config()
-    shapes = scorers_vlm.hpsv3_shapes(config)
+    config = vlm.hpsv3_config()
+    shapes = vlm.hpsv3_shapes(config)
     if new_names:  # as saved by transformers 4.52 and later
         shapes = {
             (
@@ -134,19 +131,17 @@ def test_hpsv3_layout_fills_every_parameter(new_names):
             for k, s in shapes.items()
         }
     with torch.device("meta"):
-        backbone, head = scorers_vlm.hpsv3_to_transformers(
-            {k: torch.empty(s) for k, s in shapes.items()}
-        )
+        backbone, head = vlm.hpsv3_to_transformers({k: torch.empty(s) for k, s in shapes.items()})
         weights.check_layout(
             weights.shapes_of(backbone), weights.shapes_of(Qwen2VLModel(config)), "HPSv3"
         )
     weights.check_layout(
-        weights.shapes_of(head), weights.shapes_of(scorers_vlm.rating_head(3584)), "HPSv3 head"
+        weights.shapes_of(head), weights.shapes_of(vlm.rating_head(3584)), "HPSv3 head"
     )
 
 
 def test_other_layout_is_refused_by_name(tiny_clip):
-    shapes = scorers.openclip_shapes(tiny_clip[1])
+    shapes = clip_family.openclip_shapes(tiny_clip[1])
     wrong = {**shapes, "visual.proj": (3, 3), "extra.bias": (1,)}
     del wrong["ln_final.weight"]
     with pytest.raises(
@@ -155,7 +150,7 @@ def test_other_layout_is_refused_by_name(tiny_clip):
     ):
         weights.check_layout(wrong, shapes, "some file")
     with pytest.raises(RewardUnavailable, match="visual.head.gamma"):
-        scorers.openclip_to_transformers({"visual.head.gamma": torch.ones(1)})
+        clip_family.openclip_to_transformers({"visual.head.gamma": torch.ones(1)})
 
 
 # ---------------------------------------------------------------- pixels
@@ -173,11 +168,11 @@ def test_clip_pixels_equal_the_transformers_processor():
         noise_image(8, 20, 20),
     ]:  # where rounding (CLIP) and flooring (transformers) half a pixel agree
         theirs = torch.tensor(np.stack(processor([image])["pixel_values"]))
-        assert (scorers.clip_pixels([image], 28) - theirs).abs().max() < 1e-5
+        assert (clip_family.clip_pixels([image], 28) - theirs).abs().max() < 1e-5
 
 
 def test_hps_pixels_keep_the_whole_image_and_pad_with_black():
-    pixels = scorers.hps_pixels(
+    pixels = clip_family.hps_pixels(
         [
             Image.new("RGB", (448, 224), "white"),
             Image.new("RGB", (224, 224), "white"),
@@ -206,7 +201,7 @@ def test_clip_score_and_pickscore_equal_the_model(tiny_clip):
     tokens = AutoTokenizer.from_pretrained(folder)(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = (
-            model(pixel_values=scorers.clip_pixels(IMAGES, 28), **tokens)
+            model(pixel_values=clip_family.clip_pixels(IMAGES, 28), **tokens)
             .logits_per_image.diagonal()
             .double()
         )
@@ -292,7 +287,7 @@ def test_hpsv2_equals_an_open_clip_reference(tiny_clip, tmp_path, suffix):
     from transformers import AutoTokenizer
 
     folder, config = tiny_clip
-    state = random_state(scorers.openclip_shapes(config))
+    state = random_state(clip_family.openclip_shapes(config))
     file = tmp_path / f"weights{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(
         {"state_dict": state, "epoch": 3}, file
@@ -302,7 +297,7 @@ def test_hpsv2_equals_an_open_clip_reference(tiny_clip, tmp_path, suffix):
         PROMPTS, padding="max_length", max_length=77, return_tensors="pt"
     )["input_ids"]
     with torch.no_grad():
-        image, text = OpenClipReference(state, config)(scorers.hps_pixels(IMAGES, 28), ids)
+        image, text = OpenClipReference(state, config)(clip_family.hps_pixels(IMAGES, 28), ids)
     torch.testing.assert_close(
         check_pairing(reward, IMAGES, PROMPTS),
         (image * text).sum(-1).double(),
@@ -315,7 +310,7 @@ def test_aesthetic_ignores_the_prompt_and_equals_its_head(tiny_clip, tmp_path):
     from transformers import CLIPModel
 
     folder, _ = tiny_clip
-    head = scorers.score_head(16).eval()
+    head = clip_family.score_head(16).eval()
     torch.save(
         {f"layers.{k}": v for k, v in head.state_dict().items()}, tmp_path / "aesthetic-model.pth"
     )
@@ -323,7 +318,7 @@ def test_aesthetic_ignores_the_prompt_and_equals_its_head(tiny_clip, tmp_path):
     with torch.no_grad():
         feature = (
             CLIPModel.from_pretrained(folder)
-            .get_image_features(scorers.clip_pixels(IMAGES, 28))
+            .get_image_features(clip_family.clip_pixels(IMAGES, 28))
             .pooler_output
         )
         expected = head(F.normalize(feature, dim=-1))[:, 0].double()
@@ -440,7 +435,7 @@ def test_imagereward_equals_a_blip_reference(tmp_path):
     )
     text = BlipTextConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=32, vocab_size=len(words), is_decoder=True,
                           bos_token_id=2, sep_token_id=3, eos_token_id=3)  # fmt: skip
-    state = random_state(scorers_vlm.imagereward_shapes(vision, text))
+    state = random_state(vlm.imagereward_shapes(vision, text))
     unused = {
         "blip.vision_proj.weight": torch.zeros(2, 2),
         "blip.text_proj.bias": torch.zeros(2),
@@ -459,7 +454,7 @@ def test_imagereward_equals_a_blip_reference(tmp_path):
             state,
             vision,
             text,
-            scorers.clip_pixels(IMAGES, 32),
+            clip_family.clip_pixels(IMAGES, 32),
             tokens["input_ids"],
             tokens["attention_mask"],
         )
@@ -511,7 +506,7 @@ def tiny_hpsv3(tmp_path_factory):
                          bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}),
         vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2), image_token_id=words["<|image_pad|>"], video_token_id=words["<|video_pad|>"],
         vision_start_token_id=words["<|vision_start|>"], vision_end_token_id=words["<|vision_end|>"])  # fmt: skip
-    save_file(random_state(scorers_vlm.hpsv3_shapes(config)), folder / "HPSv3.safetensors")
+    save_file(random_state(vlm.hpsv3_shapes(config)), folder / "HPSv3.safetensors")
     source = 'import nothing_here\nINSTRUCTION = """\nrate \n{text_prompt}\n"""\nprompt_with_special_token = """\nthis : <|Reward|>\n"""\n'
     (folder / "data_collator_qwen.py").write_text(source)
     return (
@@ -529,14 +524,14 @@ def tiny_hpsv3(tmp_path_factory):
 
 def test_hpsv3_template_is_read_without_running_it(tiny_hpsv3, tmp_path):
     assert (
-        scorers_vlm.hpsv3_template(tiny_hpsv3[2]["template"])
+        vlm.hpsv3_template(tiny_hpsv3[2]["template"])
         == "\nrate \n{text_prompt}\n\nthis : <|Reward|>\n"
     )
     (tmp_path / "own.txt").write_text("no field here")
     with pytest.raises(RewardUnavailable, match="expected one {text_prompt}"):
-        scorers_vlm.hpsv3_template(tmp_path / "own.txt")
+        vlm.hpsv3_template(tmp_path / "own.txt")
     with pytest.raises(RewardUnavailable, match="data_collator_qwen.py"):
-        scorers_vlm.hpsv3_template(tmp_path / "absent.py")
+        vlm.hpsv3_template(tmp_path / "absent.py")
 
 
 def test_hpsv3_pairs_batches_and_pads(tiny_hpsv3):
@@ -557,9 +552,9 @@ def test_hpsv3_reads_the_reward_token_at_plain_positions(tiny_hpsv3):
 
     words = AutoTokenizer.from_pretrained(folder)
     words.add_tokens(["<|Reward|>"], special_tokens=True)
-    text = scorers_vlm.hpsv3_template(options["template"]).replace("{text_prompt}", prompt)
-    inputs = scorers_vlm.qwen_inputs(
-        words, [image.resize(scorers_vlm.hpsv3_size(*image.size), Image.Resampling.BICUBIC)], [text]
+    text = vlm.hpsv3_template(options["template"]).replace("{text_prompt}", prompt)
+    inputs = vlm.qwen_inputs(
+        words, [image.resize(vlm.hpsv3_size(*image.size), Image.Resampling.BICUBIC)], [text]
     )
     assert (inputs["input_ids"] == config.image_token_id).sum() == inputs["grid"].prod() // 4
     with torch.no_grad():
@@ -586,7 +581,7 @@ def test_hpsv3_size_equals_smart_resize(size):
     height, width = smart_resize(
         size[1], size[0], factor=28, min_pixels=256 * 28 * 28, max_pixels=256 * 28 * 28
     )
-    assert scorers_vlm.hpsv3_size(*size) == (width, height)
+    assert vlm.hpsv3_size(*size) == (width, height)
 
 
 # ---------------------------------------------------------------- OCR
