@@ -1,7 +1,7 @@
-"""Write the parts of README.md that come from records: results of the main experiment and of the ablation, and the support table.
+"""Write what README.md and the index take from records and notebooks.
 
-python ci/readme.py          rewrite README.md
-python ci/readme.py --check  exit 1 if it is out of date
+python ci/readme.py          rewrite README.md and the map in nbs/index.ipynb
+python ci/readme.py --check  exit 1 if either is out of date
 """
 
 import json
@@ -9,8 +9,12 @@ import math
 import sys
 from pathlib import Path
 
+from reading_order import index_map, readme_map, unlisted
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
+README = ROOT / "README.md"
+INDEX = ROOT / "nbs" / "index.ipynb"
 
 
 def interval(change: dict) -> str:
@@ -136,29 +140,53 @@ def ablation_results() -> str:
 
 
 def text_of(name: str) -> str:
+    """A committed text of the results folder, or nothing."""
     file = RESULTS / name
     return file.read_text(encoding="utf-8").strip() if file.exists() else ""
 
 
-def rendered() -> str:
+def filled(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of the part called `name`."""
+    start = text.index("-->", text.index(f"<!-- {name}")) + len("-->")
+    end = text.index(f"<!-- end of {name} -->")
+    return f"{text[:start]}\n{content}\n{text[end:]}"
+
+
+def rendered_readme() -> str:
     """README.md with every generated part made anew."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
     parts = {
         "results": main_results(),
         "ablation": ablation_results(),
         "support": text_of("support.md"),
+        "map": readme_map(),
     }
+    text = README.read_text(encoding="utf-8")
     for name, content in parts.items():
-        start = text.index("-->", text.index(f"<!-- {name}")) + 3
-        end = text.index(f"<!-- end of {name} -->")
-        text = text[:start] + "\n" + content + "\n" * bool(content) + text[end:]
+        text = filled(text, name, content)
     return text
 
 
+def rendered_index() -> str:
+    """The index notebook with its map made anew."""
+    notebook = json.loads(INDEX.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if "<!-- map:" in source:
+            cell["source"] = filled(source, "map", f"\n{index_map()}\n").splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    """Write both files, or check them."""
+    if forgotten := unlisted():
+        names = ", ".join(path.relative_to(ROOT).as_posix() for path in forgotten)
+        sys.exit(f"not in the reading order: {names}; add them to ci/reading_order.py")
+    for file, text in ((README, rendered_readme()), (INDEX, rendered_index())):
+        if "--check" not in sys.argv:
+            file.write_text(text, encoding="utf-8")
+        elif text != file.read_text(encoding="utf-8"):
+            sys.exit(f"{file.name} is out of date: run python ci/readme.py")
+
+
 if __name__ == "__main__":
-    new, file = rendered(), ROOT / "README.md"
-    if "--check" in sys.argv:
-        if new != file.read_text(encoding="utf-8"):
-            sys.exit("README.md is out of date: run python ci/readme.py")
-    else:
-        file.write_text(new, encoding="utf-8")
+    main()
