@@ -21,7 +21,7 @@ from chunk_grpo_nb.models.policy import Sampler, load_policy
 from chunk_grpo_nb.objective import chunk_ratio
 from chunk_grpo_nb.prompts import Prompt
 from chunk_grpo_nb.training.assignment import assign_credit
-from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.rollout import draw_rollout
 from chunk_grpo_nb.training.trainer import accumulate_gradient
 
@@ -214,7 +214,7 @@ def run_arm(size: str, device: str, full: bool, peak: float) -> dict:
         "pooled_prompt_embeds": torch.randn(c.pooled_projection_dim, dtype=torch.bfloat16),
     }
     policy.set_embeddings("a prompt", text)
-    config = Config(
+    config = make_config(
         num_steps=17,
         chunker="fixed:2,3,4,7",
         prompts_per_iteration=1,

@@ -6,12 +6,13 @@ accelerate turns DeepSpeed on a CPU into DDP without a word, so the kind of dist
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import accelerate
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from distributed_run import config
+
+from chunk_grpo_nb.training.config import make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,8 +40,8 @@ if __name__ == "__main__":
         accelerate.Accelerator = Deep
     from chunk_grpo_nb.training.trainer import train
 
-    c = replace(
-        config(folder, "float32"),
+    c = make_config(
+        base=config(folder, "float32"),
         lora_rank=2 * (name.startswith("lora")),
         mixed_precision="bf16" if "bf16" in name else "no",
         micro_batch=2,
@@ -49,4 +50,4 @@ if __name__ == "__main__":
         checkpoint_every=1,
     )
     train(c, folder / name)
-    train(replace(c, iterations=3), folder / name, resume=True)
+    train(make_config(base=c, iterations=3), folder / name, resume=True)

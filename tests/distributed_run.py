@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from chunk_grpo_nb.rewards.registry import register_reward
-from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.config import Config, make_config
 from chunk_grpo_nb.training.trainer import train
 
 
@@ -18,7 +18,7 @@ def redness():
 
 
 def config(folder: Path, dtype: str, **more) -> Config:
-    return Config(
+    return make_config(
         model=str(folder / "pipe"),
         train_prompts=str(folder / "prompts.txt"),
         validation_prompts=str(folder / "prompts.txt"),

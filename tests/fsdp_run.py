@@ -13,13 +13,13 @@ from torch.distributed.fsdp import fully_shard
 
 from chunk_grpo_nb.prompts import Prompt
 from chunk_grpo_nb.training.assignment import assign_credit
-from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.rollout import draw_rollout
 from chunk_grpo_nb.training.trainer import accumulate_gradient
 
 CLIP = (0.05, 0.05)
 PROMPTS = [Prompt("a red circle"), Prompt("two blue square")]
-CONFIG = Config(
+CONFIG = make_config(
     num_steps=5,
     chunker="fixed:1,3",
     fraction=1.0,

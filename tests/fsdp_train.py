@@ -5,12 +5,13 @@ accelerate turns FSDP on a CPU into DDP without a word, so the kind of distribut
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import accelerate
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from distributed_run import config
+
+from chunk_grpo_nb.training.config import make_config
 
 PLUGIN = {
     "fsdp_version": 2,
@@ -36,8 +37,8 @@ if __name__ == "__main__":
         accelerate.Accelerator = Sharded
     from chunk_grpo_nb.training.trainer import train
 
-    c = replace(
-        config(folder, "float32"),
+    c = make_config(
+        base=config(folder, "float32"),
         lora_rank=2 * (name.startswith("lora")),
         micro_batch=2,
         updates_per_iteration=2,
@@ -45,4 +46,4 @@ if __name__ == "__main__":
         checkpoint_every=1,
     )
     train(c, folder / name)
-    train(replace(c, iterations=3), folder / name, resume=True)
+    train(make_config(base=c, iterations=3), folder / name, resume=True)

@@ -28,7 +28,7 @@ def test_accelerate_accepts_the_configuration(path):
 
     config = load_config_from_file(str(path))  # refuses unknown keys
     assert config.num_processes == (1 if path.stem == "one_gpu" else 8 * config.num_machines)
-    assert config.mixed_precision in (None, "no"), "precision belongs to the parameter file"
+    assert config.policy.mixed_precision in (None, "no"), "precision belongs to the parameter file"
 
 
 def plugin_of(path: Path, monkeypatch):
@@ -72,35 +72,50 @@ def test_deepspeed_files_are_complete(stage):
 def test_parameter_files_load(path):
     config = load_config(path)
     assert (
-        config.num_steps,
-        config.noise_level,
-        config.shift,
-        config.group_size,
-        config.chunker,
+        config.sampling.num_steps,
+        config.sampling.noise_level,
+        config.sampling.shift,
+        config.data.group_size,
+        config.objective.chunker,
     ) == (17, 0.7, 3.0, 12, "fixed:2,3,4,7")
 
 
 def test_the_papers_settings():
     c = load_config(LAUNCH / "flux_dev_paper.yaml")
     assert (
-        c.model == "black-forest-labs/FLUX.1-dev"
-        and c.rewards == {"hpsv3": 1.0}
-        and c.lora_rank == 0
+        c.policy.model == "black-forest-labs/FLUX.1-dev"
+        and c.objective.rewards == {"hpsv3": 1.0}
+        and c.policy.lora_rank == 0
     )
-    assert (c.learning_rate, c.weight_decay, c.max_grad_norm) == (1e-5, 1e-4, 0.01)
-    assert (c.height, c.width, c.guidance_scale, c.same_noise, c.fraction) == (
+    assert (
+        c.optimisation.learning_rate,
+        c.optimisation.weight_decay,
+        c.optimisation.max_grad_norm,
+    ) == (1e-5, 1e-4, 0.01)
+    assert (
+        c.sampling.height,
+        c.sampling.width,
+        c.sampling.guidance_scale,
+        c.data.same_noise,
+        c.objective.fraction,
+    ) == (
         720,
         720,
         3.5,
         True,
         0.5,
     )
-    assert (c.clip_low, c.clip_high, c.advantage_clip, c.kl_weight) == (5e-5, 5e-5, 5.0, 0.0)
     assert (
-        c.prompts_per_iteration
+        c.objective.clip_low,
+        c.objective.clip_high,
+        c.objective.advantage_clip,
+        c.objective.kl_weight,
+    ) == (5e-5, 5e-5, 5.0, 0.0)
+    assert (
+        c.data.prompts_per_iteration
         == 2 * yaml.safe_load((LAUNCH / "fsdp2.yaml").read_text())["num_processes"]
     )
-    assert c.iterations * c.updates_per_iteration == 150
+    assert c.optimisation.iterations * c.optimisation.updates_per_iteration == 150
 
 
 def test_sharded_gradients_equal_unsharded_ones(tmp_path):

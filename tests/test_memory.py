@@ -19,7 +19,7 @@ from chunk_grpo_nb.analysis.memory import (
     run_transformer,
     transformer_parameters,
 )
-from chunk_grpo_nb.training.config import Config, load_config
+from chunk_grpo_nb.training.config import Config, load_config, make_config
 
 FLUX = "black-forest-labs/FLUX.1-dev"
 LAUNCH = Path(__file__).resolve().parent.parent / "data/launch"
@@ -122,7 +122,7 @@ def test_known_configurations_have_the_published_size(name):
     ids=["all", "lora-checkpointing"],
 )
 def test_planned_activations_are_the_measured_ones(name, options):
-    config = Config(height=192, width=192, **options)
+    config = make_config(height=192, width=192, **options)
     planned = activation_bytes(small(name), config, rows=2)
     measured = measured_peak(run_transformer(small(name), config, rows=2)[1])
     assert 0.95 < planned / measured < 1.15, (
@@ -132,21 +132,22 @@ def test_planned_activations_are_the_measured_ones(name, options):
 
 
 def test_autocast_keeps_a_cast_copy_of_trained_weights():
-    shape, plain = small(FLUX), Config(height=64, width=64, gradient_checkpointing=True)
+    shape, plain = small(FLUX), make_config(height=64, width=64, gradient_checkpointing=True)
     weights, *_ = transformer_parameters(shape)
     cast, uncast = (
         activation_bytes(shape, c, rows=1, backward=False)
-        for c in (replace(plain, mixed_precision="bf16"), plain)
+        for c in (make_config(base=plain, mixed_precision="bf16"), plain)
     )
     assert cast - uncast > 1.5 * weights, "bf16 copies, 2 bytes a weight"
 
 
 def test_rows_and_checkpointing_move_the_plan_as_they_should():
-    shape, config = small(FLUX), Config(height=128, width=128)
+    shape, config = small(FLUX), make_config(height=128, width=128)
     one, two, three = (activation_bytes(shape, config, rows=r) for r in (1, 2, 3))
     assert abs((three - two) / (two - one) - 1) < 0.02
     assert (
-        activation_bytes(shape, replace(config, gradient_checkpointing=True), rows=3) < 0.6 * three
+        activation_bytes(shape, make_config(base=config, gradient_checkpointing=True), rows=3)
+        < 0.6 * three
     )
 
 
@@ -171,12 +172,13 @@ def test_decoding_is_the_measured_one():
         model.decode(latents)
 
     assert (
-        abs(decode_bytes(shape, Config(height=96, width=96), 2) / measured_peak(decode) - 1) < 0.25
+        abs(decode_bytes(shape, make_config(height=96, width=96), 2) / measured_peak(decode) - 1)
+        < 0.25
     )  # a CPU convolution keeps workspaces
 
 
 def test_states_and_shards_by_hand():
-    config = Config(
+    config = make_config(
         model=FLUX,
         lora_rank=0,
         dtype="float32",

@@ -21,7 +21,7 @@ from chunk_grpo_nb.analysis.plots import (
     run_figures,
     smooth,
 )
-from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.records import RunFolder, log_row
 
 
@@ -153,7 +153,7 @@ def test_images_and_steps(tmp_path):
 
 
 def test_figures_of_a_run(tmp_path):
-    run = RunFolder.create(tmp_path / "run", Config(num_steps=5), {"hashes": {}})
+    run = RunFolder.create(tmp_path / "run", make_config(num_steps=5), {"hashes": {}})
     assert run_figures(run) == {}
     with pytest.raises(ValueError, match="has no metrics yet"):
         metrics_table({("a", 0): run})

@@ -18,7 +18,7 @@ from chunk_grpo_nb.analysis.collect import (
     seed_means,
     smallest_effect,
 )
-from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.records import RunFolder, log_row, save_table
 
 
@@ -27,7 +27,7 @@ def make_cell(folder, arm, seed, gain, key=None, prompts=5, hashes="abc", status
     place = folder / "cells" / f"{arm}-seed={seed}"
     run = RunFolder.create(
         place / "run",
-        Config(iterations=2, updates_per_iteration=2, seed=seed),
+        make_config(iterations=2, updates_per_iteration=2, seed=seed),
         {"hashes": {"model": hashes}, "versions": {"torch": "2"}, "git_commit": "0123"},
     )
     (place / "parameters.yaml").write_text(yaml.safe_dump({"arm": arm, "seed": seed}))

@@ -1,7 +1,6 @@
 """The trainer on tiny random pipelines: options, resume, gradients, bad input."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from chunk_grpo_nb.prompts import PromptError
 from chunk_grpo_nb.rewards.registry import RewardError, register_reward
 from chunk_grpo_nb.training import trainer as trainer_module
 from chunk_grpo_nb.training.assignment import Credit, assign_credit
-from chunk_grpo_nb.training.config import Config
+from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
 from chunk_grpo_nb.training.rollout import draw_rollout
 from chunk_grpo_nb.training.trainer import Trainer, accumulate_gradient, train
@@ -63,7 +62,7 @@ def pipes(tmp_path_factory):
 
 @pytest.fixture
 def config(pipes):
-    return Config(
+    return make_config(
         model=str(pipes / "flux"),
         train_prompts=str(pipes / "prompts.txt"),
         validation_prompts=str(pipes / "prompts.txt"),
@@ -103,9 +102,9 @@ VARIANTS = {
         "num_steps": 8,
     },
     "draw control": {"ratio": "step", "fraction": 0.5},
-    "smoothing control": {"ratio": "step", "step_weights": "chunk", "fraction": 0.5},
-    "weight control": {"chunker": "step", "step_weights": "fixed:2,3"},
-    "tempflow": {"chunker": "step", "step_weights": "std"},
+    "smoothing control": {"ratio": "step:chunk", "fraction": 0.5},
+    "weight control": {"chunker": "step", "ratio": "step:fixed:2,3"},
+    "tempflow": {"chunker": "step", "ratio": "step:std"},
     "dance": {"sde": "dance", "noise_level": 0.3},
     "cps": {"sde": "cps"},
     "lora": {"lora_rank": 2, "ema_decay": 0.5},
@@ -129,9 +128,15 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.filterwarnings("ignore:replayed log-probs")
 def test_every_setting_trains(name, config, tmp_path):
-    run = train(replace(config, **VARIANTS[name]), tmp_path / "run")
+    run = train(make_config(VARIANTS[name], config), tmp_path / "run")
     rows = read_rows(run)
-    assert len(rows) == 4 * config.iterations // 2 * replace(config, **VARIANTS[name]).inner_epochs
+    assert (
+        len(rows)
+        == 4
+        * config.optimisation.iterations
+        // 2
+        * make_config(VARIANTS[name], config).optimisation.inner_epochs
+    )
     assert np.isfinite(rows["grad_norm"]).all() and (rows["grad_norm"] > 0).all()
     if name.startswith("kl"):
         assert rows["kl"].iloc[0] == 0 and rows["kl"].iloc[-1] > 0
@@ -141,15 +146,17 @@ def test_every_setting_trains(name, config, tmp_path):
 
 def test_sd3_with_guidance_trains(config, pipes, tmp_path):
     run = train(
-        replace(config, model=str(pipes / "sd3"), guidance_scale=3.0, height=None, width=None),
+        make_config(
+            base=config, model=str(pipes / "sd3"), guidance_scale=3.0, height=None, width=None
+        ),
         tmp_path / "run",
     )
     assert read_rows(run, "replay")["log_prob_error"].item() < 1e-5
 
 
 def test_resume_gives_the_same_bits(config, tmp_path):
-    config = replace(
-        config,
+    config = make_config(
+        base=config,
         iterations=3,
         ema_decay=0.9,
         chunker="online:adaptive",
@@ -158,7 +165,7 @@ def test_resume_gives_the_same_bits(config, tmp_path):
         fraction=0.5,
     )
     whole = train(config, tmp_path / "whole")
-    train(replace(config, iterations=3, checkpoint_every=1), tmp_path / "cut")
+    train(make_config(base=config, iterations=3, checkpoint_every=1), tmp_path / "cut")
     cut = RunFolder.open(tmp_path / "cut")
     list_checkpoints(cut)[-1].unlink()  # as if killed before the last checkpoint
     with open(cut.path / "metrics.jsonl", "a") as f:
@@ -175,7 +182,7 @@ def test_resume_gives_the_same_bits(config, tmp_path):
 
 
 def test_resume_from_any_checkpoint(config, tmp_path):
-    config = replace(config, iterations=3)
+    config = make_config(base=config, iterations=3)
     whole = train(config, tmp_path / "run")
     metrics, last = (
         (whole.path / "metrics.jsonl").read_text(),
@@ -192,7 +199,7 @@ def test_resume_from_any_checkpoint(config, tmp_path):
 def test_resume_refuses_other_settings(config, tmp_path):
     train(config, tmp_path / "run")
     with pytest.raises(ValueError, match="learning_rate was 0.001, now 0.1"):
-        Trainer(replace(config, learning_rate=0.1), tmp_path / "run", resume=True)
+        Trainer(make_config(base=config, learning_rate=0.1), tmp_path / "run", resume=True)
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(config, tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
@@ -212,7 +219,7 @@ def moved_trainer(config, folder):
             group_size=4,
         )
     credit = assign_credit(
-        config, rollout.rewards, rollout.curves, 0, torch.ones(config.num_steps - 1)
+        config, rollout.rewards, rollout.curves, 0, torch.ones(config.sampling.num_steps - 1)
     )
     with torch.no_grad():
         for p in trainer.parameters:
@@ -231,7 +238,7 @@ def gradient(trainer, rollout, credit, **options):
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
 def test_streamed_gradient_equals_whole(config, tmp_path, kl_weight):
-    state = moved_trainer(replace(config, kl_weight=kl_weight), tmp_path / "run")
+    state = moved_trainer(make_config(base=config, kl_weight=kl_weight), tmp_path / "run")
     whole = gradient(*state, kl_weight=kl_weight)
     for micro_batch in (1, 3, 7):
         streamed = gradient(*state, kl_weight=kl_weight, micro_batch=micro_batch)
@@ -263,8 +270,8 @@ def test_a_wrong_coefficient_would_show(config, tmp_path, monkeypatch):
 
 def test_training_raises_the_reward_of_its_own_samples(config, tmp_path):
     run = train(
-        replace(
-            config,
+        make_config(
+            base=config,
             iterations=30,
             learning_rate=3e-3,
             prompts_per_iteration=3,
@@ -287,15 +294,17 @@ def test_a_broken_reward_stops_the_run_and_names_the_prompt(
     monkeypatch.setitem(BROKEN, "mode", mode)
     with pytest.raises(RewardError, match=words):
         train(
-            replace(config, rewards={"breakable": 1.0}, validate_every=0, prompts_per_iteration=3),
+            make_config(
+                base=config, rewards={"breakable": 1.0}, validate_every=0, prompts_per_iteration=3
+            ),
             tmp_path / "run",
         )
 
 
 def test_a_dropped_reward_takes_its_group_out(config, tmp_path, monkeypatch):
     monkeypatch.setitem(BROKEN, "mode", "nan")
-    c = replace(
-        config,
+    c = make_config(
+        base=config,
         rewards={"breakable": 1.0},
         reward_failure="drop",
         validate_every=0,
@@ -308,25 +317,25 @@ def test_a_dropped_reward_takes_its_group_out(config, tmp_path, monkeypatch):
 
 def test_a_missing_or_broken_model_is_named(config, tmp_path):
     with pytest.raises((ValueError, OSError), match="nowhere"):
-        Trainer(replace(config, model=str(tmp_path / "nowhere")), tmp_path / "run")
+        Trainer(make_config(base=config, model=str(tmp_path / "nowhere")), tmp_path / "run")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model_index.json").write_text("{")
     with pytest.raises((ValueError, OSError), match="broken"):
-        Trainer(replace(config, model=str(tmp_path / "broken")), tmp_path / "run")
+        Trainer(make_config(base=config, model=str(tmp_path / "broken")), tmp_path / "run")
 
 
 @pytest.mark.parametrize("content, words", [(b"", "no prompts"), (b"\xff\xfe\x00red", "UTF-8")])
 def test_bad_prompt_files_are_named(config, tmp_path, content, words):
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(PromptError, match=words):
-        Trainer(replace(config, train_prompts=str(tmp_path / "bad.txt")), tmp_path / "run")
+        Trainer(make_config(base=config, train_prompts=str(tmp_path / "bad.txt")), tmp_path / "run")
 
 
 def test_long_prompts_are_counted_and_listed(config, pipes, tmp_path):
     (tmp_path / "long.txt").write_text("red circle\n" + "blue square and " * 60 + "\n")
     with pytest.warns(UserWarning, match="1 of 2 training prompts are longer"):
         trainer = Trainer(
-            replace(config, train_prompts=str(tmp_path / "long.txt")), tmp_path / "run"
+            make_config(base=config, train_prompts=str(tmp_path / "long.txt")), tmp_path / "run"
         )
     assert len(trainer.run.manifest["truncated_prompts"]) == 1
 
@@ -341,5 +350,5 @@ def test_a_full_disk_keeps_the_previous_checkpoint(config, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="untouched"):
-        train(replace(config, iterations=3), run.path, resume=True)
+        train(make_config(base=config, iterations=3), run.path, resume=True)
     assert list_checkpoints(run) == before and not list(run.path.rglob("*.tmp"))

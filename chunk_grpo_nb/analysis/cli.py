@@ -50,12 +50,12 @@ def open_policy(
 
     import torch
 
-    from chunk_grpo_nb.training.config import Config
+    from chunk_grpo_nb.training.config import make_config
     from chunk_grpo_nb.models.policy import Sampler, load_policy
     from chunk_grpo_nb.training.records import RunFolder
 
     is_run = (Path(source) / "config.yaml").is_file()
-    c = RunFolder.open(source).config if is_run else Config(model=str(source))
+    c = RunFolder.open(source).config if is_run else make_config(model=str(source))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     weights = Path(source) / "policy" if is_run and not base else None
     if weights and not weights.is_dir():
@@ -63,21 +63,21 @@ def open_policy(
             f"{source} has no trained weights yet (no folder {weights.name}); let it finish, or ask for the base model with --base"
         )
     policy = load_policy(
-        c.model,
-        dtype=c.dtype,
+        c.policy.model,
+        dtype=c.policy.dtype,
         device=device,
-        lora_rank=c.lora_rank if weights else 0,
-        lora_alpha=c.lora_alpha,
+        lora_rank=c.policy.lora_rank if weights else 0,
+        lora_alpha=c.policy.lora_alpha,
     )
     if weights:
         policy.load_weights(weights)
     sampler = Sampler(
-        c.num_steps,
+        c.sampling.num_steps,
         "ode",
-        shift=c.shift,
-        guidance_scale=c.guidance_scale,
-        height=c.height,
-        width=c.width,
+        shift=c.sampling.shift,
+        guidance_scale=c.sampling.guidance_scale,
+        height=c.sampling.height,
+        width=c.sampling.width,
     )
     return policy, replace(sampler, **{k: v for k, v in sampling.items() if v is not None})
 

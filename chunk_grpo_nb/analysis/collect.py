@@ -119,10 +119,12 @@ def _read_cell(place: Path) -> _CellRecord:
         _per_prompt(read_table(run, "after")),
         _long(cost, "cost", list(cost), []),
     ]
-    rows = pd.concat(parts, ignore_index=True).assign(arm=parameters["arm"], seed=run.config.seed)
+    rows = pd.concat(parts, ignore_index=True).assign(
+        arm=parameters["arm"], seed=run.config.run.seed
+    )
     return _CellRecord(
         parameters["arm"],
-        run.config.seed,
+        run.config.run.seed,
         result["key"],
         rows,
         _per_prompt(read_table(run, "before")),

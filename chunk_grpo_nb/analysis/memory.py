@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..training.config import Config
+from ..training.config import Config, make_config
 from ..models.families import FAMILIES
 
 # %% auto #0
@@ -420,7 +420,9 @@ def transformer_parameters(
 # %% ../../nbs/analysis/08_memory.ipynb #9baf5257
 def _autocast(config: Config):
     return (
-        torch.autocast("cpu", torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
+        torch.autocast("cpu", torch.bfloat16)
+        if config.policy.mixed_precision == "bf16"
+        else nullcontext()
     )
 
 
@@ -432,11 +434,11 @@ def run_transformer(
     **depth: int,  # blocks, where fewer than the model has
 ) -> tuple[list[Tensor], Callable[[], None]]:
     "Tensors that are there before (weights, gradients, inputs), and a function that makes one transformer pass."
-    dtype = getattr(torch, config.dtype)
-    model = build_transformer(shape, dtype, config.lora_rank, **depth).eval()
-    if config.gradient_checkpointing:
+    dtype = getattr(torch, config.policy.dtype)
+    model = build_transformer(shape, dtype, config.policy.lora_rank, **depth).eval()
+    if config.policy.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    height, width = config.height or shape.size, config.width or shape.size
+    height, width = config.sampling.height or shape.size, config.sampling.width or shape.size
     call = _CALLS[shape.transformer[0]](
         model.config,
         rows * shape.branches,
@@ -533,15 +535,15 @@ def decode_bytes(
 
     name, values = shape.vae
     height, width = (
-        (config.height or shape.size) // shape.compression,
-        (config.width or shape.size) // shape.compression,
+        (config.sampling.height or shape.size) // shape.compression,
+        (config.sampling.width or shape.size) // shape.compression,
     )
     with without_data(), torch.no_grad():
-        with _default_dtype(getattr(torch, config.dtype)):
+        with _default_dtype(getattr(torch, config.policy.dtype)):
             vae = getattr(diffusers, name)(**values).eval()
             channels = getattr(vae.config, "latent_channels", None) or vae.config.z_dim
             latents = torch.zeros(images, channels, *([1] if "Qwen" in name else []), height, width)
-        if config.vae_tiling:
+        if config.policy.vae_tiling:
             vae.enable_tiling()
         with LiveBytes([*vae.parameters(), *vae.buffers(), latents]) as live:
             vae.decode(latents, return_dict=False)
@@ -601,19 +603,23 @@ def card_bytes(
 def _reward_bytes(config: Config) -> tuple[float, list[str]]:
     from chunk_grpo_nb.rewards.clip_family import WEIGHTS
 
-    known = {name: WEIGHTS[name].gigabytes * 1e9 for name in config.rewards if name in WEIGHTS}
+    known = {
+        name: WEIGHTS[name].gigabytes * 1e9 for name in config.objective.rewards if name in WEIGHTS
+    }
     return sum(known.values()), [
-        f"reward {name!r} is not counted" for name in config.rewards if name not in known
+        f"reward {name!r} is not counted" for name in config.objective.rewards if name not in known
     ]
 
 # %% ../../nbs/analysis/08_memory.ipynb #635531d3
 def _states(config: Config, trained: int, size: int) -> dict[str, float]:
     "Gradients, optimiser states and moving average of `trained` parameters of `size` bytes."
-    each = {"adamw": 2 * size, "adamw8bit": 2 * (1 + 4 / 256), "sgd": 0}[config.optimizer]
+    each = {"adamw": 2 * size, "adamw8bit": 2 * (1 + 4 / 256), "sgd": 0}[
+        config.optimisation.optimizer
+    ]
     return {
         "gradients": trained * size,
         "optimiser states": trained * each,
-        "moving average": trained * size * bool(config.ema_decay),
+        "moving average": trained * size * bool(config.optimisation.ema_decay),
     }
 
 
@@ -621,29 +627,29 @@ def _resident(
     shape: PipelineShape, config: Config, share: int, bits: int | None, images: int
 ) -> dict[str, float]:
     "Bytes that are there at all times in one of the processes; `share` of them hold one copy of the transformer."
-    size = getattr(torch, config.dtype).itemsize
-    weights, trained, block = transformer_parameters(shape, config.lora_rank)
-    trained_size = 4 if config.lora_rank else size
+    size = getattr(torch, config.policy.dtype).itemsize
+    weights, trained, block = transformer_parameters(shape, config.policy.lora_rank)
+    trained_size = 4 if config.policy.lora_rank else size
     latent = (
-        (config.height or shape.size)
+        (config.sampling.height or shape.size)
         // shape.compression
-        * ((config.width or shape.size) // shape.compression)
+        * ((config.sampling.width or shape.size) // shape.compression)
     )
     channels = build_config(shape)["in_channels"] // (
         4 if shape.transformer[0] not in ("SD3Transformer2DModel", "SanaTransformer2DModel") else 1
     )
-    gathered = (2 * block * size + (0 if config.lora_rank else block * size)) * (share > 1)
+    gathered = (2 * block * size + (0 if config.policy.lora_rank else block * size)) * (share > 1)
     return {
         "transformer": weights * (bits / 8 + 4 / 64 if bits else size) / share,
-        "LoRA": trained * 4 * bool(config.lora_rank) / share,
+        "LoRA": trained * 4 * bool(config.policy.lora_rank) / share,
         **{name: value / share for name, value in _states(config, trained, trained_size).items()},
         "gathered blocks": gathered,
-        "text encoders": 0 if config.offload_text else shape.text_parameters * size,
+        "text encoders": 0 if config.policy.offload_text else shape.text_parameters * size,
         "VAE": _vae_parameters(shape) * size,
         "reward models": _reward_bytes(config)[0],
         "trajectories": 0
-        if config.store_on
-        else images * (2 * config.num_steps + 1) * latent * channels * 4,
+        if config.policy.store_on
+        else images * (2 * config.sampling.num_steps + 1) * latent * channels * 4,
     }
 
 # %% ../../nbs/analysis/08_memory.ipynb #5867054c
@@ -655,32 +661,35 @@ def plan_memory(
     bits: int
     | None = None,  # of the frozen weights, where the pipeline folder holds quantised ones
     reserve: float = 0.08,  # share of the card to leave free
-    shape: PipelineShape | None = None,  # None: that of config.model
+    shape: PipelineShape | None = None,  # None: that of config.policy.model
 ) -> MemoryPlan:
     "What one process of a run needs, from shapes alone. `micro_batch` and `rollout_batch` of 0 mean all rows and all images at once."
-    shape = shape or pipeline_shape(config.model)
-    if bits and (not config.lora_rank or sharded):
+    shape = shape or pipeline_shape(config.policy.model)
+    if bits and (not config.policy.lora_rank or sharded):
         raise ValueError(
             f"bits = {bits}: quantised weights are frozen and whole; they need lora_rank > 0 and no sharding"
         )
-    images = config.prompts_per_iteration * config.group_size // processes
-    batch = min(config.rollout_batch or images, images)
-    everything = -(-images // config.updates_per_iteration) * max(
-        1, round(config.fraction * (config.num_steps - 1))
+    images = config.data.prompts_per_iteration * config.data.group_size // processes
+    batch = min(config.sampling.rollout_batch or images, images)
+    everything = -(-images // config.optimisation.updates_per_iteration) * max(
+        1, round(config.objective.fraction * (config.sampling.num_steps - 1))
     )
-    rows, share = min(config.micro_batch or everything, everything), processes if sharded else 1
+    rows, share = (
+        min(config.optimisation.micro_batch or everything, everything),
+        processes if sharded else 1,
+    )
     resident = _resident(shape, config, share, bits, images)
     trained = resident["LoRA"] or resident["transformer"]
     decoded = decode_bytes(shape, config, min(batch, 32))
-    size = getattr(torch, config.dtype).itemsize
+    size = getattr(torch, config.policy.dtype).itemsize
     stages = {
-        "encode prompts": shape.text_parameters * size if config.offload_text else 0.0,
+        "encode prompts": shape.text_parameters * size if config.policy.offload_text else 0.0,
         f"sample {batch} images": activation_bytes(shape, config, batch, backward=False),
         f"decode {min(batch, 32)} images": decoded or 0.0,
         f"train {rows} rows": activation_bytes(shape, config, rows),
-        "optimiser step": trained if config.optimizer == "adamw" else 0.0,
+        "optimiser step": trained if config.optimisation.optimizer == "adamw" else 0.0,
     }
-    if config.kl_weight and not config.lora_rank:
+    if config.objective.kl_weight and not config.policy.lora_rank:
         stages[f"train {rows} rows"] += resident["transformer"]
     notes = [
         *_reward_bytes(config)[1],

@@ -9,7 +9,6 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..training.config import Config
+from ..training.config import Config, flat
 from ..training.evaluation import bootstrap_interval
 from ..training.records import RunFolder, read_rows
 from .collect import paired_by_seed
@@ -486,7 +485,7 @@ def run_figures(
     window: int = 5,  # updates averaged in the reward curves
 ) -> dict[str, Figure]:
     """Name -> figure: rewards, validation, dynamics (last iteration), log-prob shift per step; those whose records exist."""
-    figures, key = {}, {("run", run.config.seed): run}
+    figures, key = {}, {("run", run.config.run.seed): run}
     metrics = read_rows(run)
     if len(metrics):
         table = metrics_table(key)
@@ -515,7 +514,7 @@ def run_figures(
         figures["dynamics"] = plot_dynamics(
             np.array(dynamics["mean"].tolist()),
             label="SDE rollout, a curve per iteration",
-            metric=run.config.metric.upper(),
+            metric=run.config.objective.metric.upper(),
         )
     return figures
 
@@ -536,7 +535,7 @@ def report_page(
     window: int = 5,  # updates averaged in the reward curves
 ) -> str:
     """An HTML page of a run, from its records alone."""
-    settings, usual = asdict(run.config), asdict(Config())
+    settings, usual = flat(run.config), flat(Config())
     changed = {k: v for k, v in settings.items() if v != usual[k]}
     facts = {
         k: run.manifest.get(k)
@@ -583,9 +582,9 @@ def live_curve(
     shown = {}
 
     def callback(run: RunFolder, iteration: int) -> None:
-        if iteration % every and iteration + 1 != run.config.iterations:
+        if iteration % every and iteration + 1 != run.config.optimisation.iterations:
             return
-        table = smooth(metrics_table({("this run", run.config.seed): run}), column, window)
+        table = smooth(metrics_table({("this run", run.config.run.seed): run}), column, window)
         figure = plot_training(
             table,
             column,

@@ -20,7 +20,7 @@ from chunk_grpo_nb.chunking import (
     make_chunker,
     select_chunks,
 )
-from .config import Config
+from .config import Config, make_config
 from ..objective import implied_step_weights, std_step_weights
 from .rollout import derive_generator
 
@@ -60,19 +60,19 @@ def _advantages(
         raise ValueError(
             "every group of this iteration has a failed reward; nothing is left to train on"
         )
-    weights = config.rewards
-    if config.chunk_rewards:
+    weights = config.objective.reward_weights
+    if config.objective.chunk_rewards:
         weights = {
-            name: [chunk.get(name, 0.0) for chunk in config.chunk_rewards]
-            for name in config.rewards
+            name: [chunk.get(name, 0.0) for chunk in config.objective.chunk_rewards]
+            for name in config.objective.rewards
         }
     kept = combined_advantages(
         {k: r[keep] for k, r in rewards.items()},
         group_ids[keep],
         weights,
-        how=config.reward_mix,
-        std=config.advantage_std,
-        clip=config.advantage_clip,
+        how=config.objective.reward_mix,
+        std=config.objective.advantage_std,
+        clip=config.objective.advantage_clip,
     )
     advantages = kept.new_zeros(len(keep), *kept.shape[1:])
     advantages[keep] = kept
@@ -81,17 +81,21 @@ def _advantages(
 # %% ../../nbs/training/04_assignment.ipynb #0b754633
 def _draw(config: Config, curves: Tensor, chunk_ids: Tensor, iteration: int) -> Tensor:
     "bool (n, K): the chunks that are trained, drawn from a generator named by (seed, iteration)."
-    generator = derive_generator(config.seed, iteration, "select")
-    kind, _, named = config.selection.partition(":")
+    generator = derive_generator(config.run.seed, iteration, "select")
+    kind, _, named = config.objective.selection.partition(":")
     weights = None
     if kind in ("weighted", "anneal"):
-        share = 0.0 if kind == "weighted" else min(1.0, iteration / max(1, config.iterations - 1))
+        share = (
+            0.0
+            if kind == "weighted"
+            else min(1.0, iteration / max(1, config.optimisation.iterations - 1))
+        )
         weights = chunk_weights(curves, chunk_ids, uniform_share=share)
     only = [int(i) for i in named.split(",")] if kind == "only" else None
     return select_chunks(
         weights,
         chunk_ids,
-        config.fraction,
+        config.objective.fraction,
         generator,
         batch_size=None if weights is not None else len(curves),
         only=only,
@@ -105,15 +109,15 @@ def assign_credit(
     ],  # name -> (n,) of all processes; NaN where a reward failed and was dropped
     curves: Tensor,  # (n, steps) dynamics
     iteration: int,
-    std: Tensor,  # (steps,) of the transitions, for `step_weights = "std"`
+    std: Tensor,  # (steps,) of the transitions, for `ratio = "step:std"`
     chunker: Callable
     | None = None,  # default: a fresh one from the config; pass the same object to keep an online chunker's memory
 ) -> Credit:
     "Advantages, chunks and draw of one iteration: a pure function of its arguments (and of an online chunker's memory)."
     n, steps = curves.shape
-    group_ids = torch.arange(n) // config.group_size
+    group_ids = torch.arange(n) // config.data.group_size
     advantages, keep = _advantages(config, rewards, group_ids)
-    drawn_ids = (chunker or make_chunker(config.chunker))(curves, group_ids)
+    drawn_ids = (chunker or make_chunker(config.objective.chunker))(curves, group_ids)
     drawn_ids = drawn_ids.expand(n, steps)
     drawn = _draw(config, curves, drawn_ids, iteration) & keep[:, None]
     if advantages.ndim == 2 and advantages.shape[1] != drawn.shape[1]:
@@ -122,7 +126,7 @@ def assign_credit(
         )
     per_chunk = advantages[:, None].expand(drawn.shape) if advantages.ndim == 1 else advantages
     weights = _step_weights(config, curves, group_ids, std, drawn_ids, drawn)
-    if config.ratio == "chunk":
+    if config.objective.ratio == "chunk":
         return Credit(per_chunk, drawn_ids, drawn, weights, drawn_ids)
     own = torch.arange(steps).expand(n, steps)
     return Credit(
@@ -138,7 +142,7 @@ def _step_weights(
     config: Config, curves: Tensor, group_ids: Tensor, std: Tensor, drawn_ids: Tensor, drawn: Tensor
 ) -> Tensor | None:
     "(n, steps), or None for no weighting."
-    n, spec = len(curves), config.step_weights
+    n, spec = len(curves), config.objective.step_weighting
     if spec is None:
         return None
     if spec == "std":
@@ -153,14 +157,14 @@ def _step_weights(
 def update_batches(config: Config, iteration: int, used: Tensor) -> list[list[int]]:
     """Samples of each update of an iteration, in order: `updates_per_iteration` batches, `inner_epochs` times over.
     Prompt slots are shuffled by a generator named by (seed, iteration); samples that are left out are not in any batch."""
-    n, size = len(used), config.group_size
+    n, size = len(used), config.data.group_size
     batches = []
-    for epoch in range(config.inner_epochs):
+    for epoch in range(config.optimisation.inner_epochs):
         slots = torch.randperm(
-            n // size, generator=derive_generator(config.seed, iteration, epoch, "batches")
+            n // size, generator=derive_generator(config.run.seed, iteration, epoch, "batches")
         ).tolist()
         order = [s * size + g for s in slots for g in range(size)]
-        length = n // config.updates_per_iteration
+        length = n // config.optimisation.updates_per_iteration
         batches += [[i for i in order[k : k + length] if used[i]] for k in range(0, n, length)]
     return batches
 

@@ -12,13 +12,19 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
 import chunk_grpo_nb
-from .config import SCHEMA_VERSION, Config, load_config, save_config
+from chunk_grpo_nb.training.config import (
+    SCHEMA_VERSION,
+    Config,
+    flat,
+    load_config,
+    make_config,
+    save_config,
+)
 
 # %% auto #0
 __all__ = ['file_hash', 'run_manifest', 'RunFolder', 'log_row', 'read_rows', 'drop_rows_after', 'save_table', 'read_table',
@@ -85,7 +91,7 @@ def run_manifest(
         "device": gpu or device,
         "threads": torch.get_num_threads(),
         "hashes": hashes,
-        "seed": config.seed,
+        "seed": config.run.seed,
     }
 
 # %% ../../nbs/training/02_records.ipynb #3bcffb3a
@@ -263,7 +269,7 @@ def save_images(run: RunFolder, name: str, images: Sequence, columns: int) -> Pa
 # %% ../../nbs/training/02_records.ipynb #835854fa
 def same_conditions(a: RunFolder, b: RunFolder, apart_from: Sequence[str] = ("seed",)) -> list[str]:
     "Names of the settings and hashes in which two runs differ, apart from those expected to: an empty list means comparable."
-    x, y = asdict(a.config), asdict(b.config)
+    x, y = flat(a.config), flat(b.config)
     settings = [k for k in x if k not in apart_from and x[k] != y[k]]
     hashes = {**a.manifest["hashes"], **b.manifest["hashes"]}
     return settings + [

@@ -9,14 +9,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .config import Config
+from .config import Config, flat, make_config
 from .assignment import Credit, assign_credit, chunking_report, update_batches
 from .evaluation import evaluate
 from ..chunking import make_chunker
@@ -156,10 +156,13 @@ def accumulate_gradient(
 
 # %% ../../nbs/training/08_trainer.ipynb #d4385edb
 def _optimizer(config: Config, parameters: list):
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":
+    options = {
+        "lr": config.optimisation.learning_rate,
+        "weight_decay": config.optimisation.weight_decay,
+    }
+    if config.optimisation.optimizer == "sgd":
         return torch.optim.SGD(parameters, **options)
-    if config.optimizer == "adamw":
+    if config.optimisation.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **options)
     try:
         from torchao.optim import AdamW8bit
@@ -169,7 +172,7 @@ def _optimizer(config: Config, parameters: list):
         ) from e
     return AdamW8bit(
         parameters,
-        bf16_stochastic_round=config.dtype == "bfloat16" and not config.lora_rank,
+        bf16_stochastic_round=config.policy.dtype == "bfloat16" and not config.policy.lora_rank,
         **options,
     )
 
@@ -177,20 +180,31 @@ def _optimizer(config: Config, parameters: list):
 def _schedule(config: Config, optimizer):
     from diffusers.optimization import get_scheduler
 
-    updates = config.iterations * config.updates_per_iteration * config.inner_epochs
-    name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+    updates = (
+        config.optimisation.iterations
+        * config.optimisation.updates_per_iteration
+        * config.optimisation.inner_epochs
+    )
+    name = (
+        "constant_with_warmup"
+        if config.optimisation.lr_schedule == "constant"
+        else config.optimisation.lr_schedule
+    )
     return get_scheduler(
-        name, optimizer, num_warmup_steps=config.warmup_updates, num_training_steps=updates
+        name,
+        optimizer,
+        num_warmup_steps=config.optimisation.warmup_updates,
+        num_training_steps=updates,
     )
 
 
 def _moving_average(config: Config, parameters: list):
-    if not config.ema_decay:
+    if not config.optimisation.ema_decay:
         return None
     from diffusers.training_utils import EMAModel
 
     return EMAModel(
-        parameters, decay=config.ema_decay, min_decay=config.ema_decay
+        parameters, decay=config.optimisation.ema_decay, min_decay=config.optimisation.ema_decay
     )  # without min_decay the rate ramps up from 0
 
 # %% ../../nbs/training/08_trainer.ipynb #4302de11
@@ -203,32 +217,44 @@ class Trainer:
 
         c = self.config = config
         self.accelerator = Accelerator(
-            cpu=c.device == "cpu", log_with=c.track, project_dir=str(out_dir)
+            cpu=c.policy.device == "cpu", log_with=c.run.track, project_dir=str(out_dir)
         )
         self.sharded = self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
         if self.accelerator.distributed_type.value == "DEEPSPEED":
             _load_whole_models()
         self.policy = load_policy(
-            c.model,
-            dtype=c.dtype,
+            c.policy.model,
+            dtype=c.policy.dtype,
             device=str(self.accelerator.device),
-            lora_rank=c.lora_rank,
-            lora_alpha=c.lora_alpha,
-            keep_reference=c.kl_weight > 0,
-            autocast="bfloat16" if c.mixed_precision == "bf16" else None,
-            gradient_checkpointing=c.gradient_checkpointing,
-            offload_text=c.offload_text,
-            vae_tiling=c.vae_tiling,
-            store_on=c.store_on,
-            seed=derive_seed(c.seed, "lora"),
+            lora_rank=c.policy.lora_rank,
+            lora_alpha=c.policy.lora_alpha,
+            keep_reference=c.objective.kl_weight > 0,
+            autocast="bfloat16" if c.policy.mixed_precision == "bf16" else None,
+            gradient_checkpointing=c.policy.gradient_checkpointing,
+            offload_text=c.policy.offload_text,
+            vae_tiling=c.policy.vae_tiling,
+            store_on=c.policy.store_on,
+            seed=derive_seed(c.run.seed, "lora"),
         )
         self.sampler = Sampler(
-            c.num_steps, c.sde, c.noise_level, c.shift, c.guidance_scale, c.height, c.width
+            c.sampling.num_steps,
+            c.sampling.sde,
+            c.sampling.noise_level,
+            c.sampling.shift,
+            c.sampling.guidance_scale,
+            c.sampling.height,
+            c.sampling.width,
         )
-        self.prompts = load_prompts(c.train_prompts)
-        self.watched = load_prompts(c.validation_prompts, limit=c.validation_images)
-        self.score = scorer({name: make_reward(name) for name in c.rewards}, c.reward_failure)
-        self.chunker = make_chunker(c.chunker)
+        self.prompts = load_prompts(c.data.train_prompts)
+        self.watched = load_prompts(c.data.validation_prompts, limit=c.run.validation_images)
+        self.score = scorer(
+            {
+                name: make_reward(name, **options)
+                for name, options in c.objective.reward_options.items()
+            },
+            c.objective.reward_failure,
+        )
+        self.chunker = make_chunker(c.objective.chunker)
         self.optimizer = _optimizer(c, list(self.policy.trainable_parameters()))
         self.engine = None
         if self.sharded:
@@ -238,7 +264,7 @@ class Trainer:
         _check_sharding(self)
         self.done, self.evaluations, self.replay = 0, {"sampled": 0, "ratio": 0, "trained": 0}, None
         self.run = _resume(self, out_dir, resume) if resume else _start(self, out_dir)
-        if c.track:
+        if c.run.track:
             self.accelerator.init_trackers("run")
 
     @property
@@ -252,7 +278,7 @@ def _start(trainer: Trainer, out_dir) -> RunFolder:
     hashed = {
         "model": t.policy.pipe.name_or_path,
         **{
-            name: packaged_prompts(getattr(c, name)) or getattr(c, name)
+            name: packaged_prompts(getattr(c.data, name)) or getattr(c.data, name)
             for name in ("train_prompts", "validation_prompts")
         },
     }
@@ -347,13 +373,13 @@ def _shard(t: Trainer) -> None:
     if deepspeed:  # what the launch file leaves to us: accelerate needs a batch size where no data loader is prepared, and the engine clips
         plugin = t.accelerator.state.deepspeed_plugin.deepspeed_config
         plugin |= {
-            "gradient_clipping": t.config.max_grad_norm,
+            "gradient_clipping": t.config.optimisation.max_grad_norm,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
         }
         plugin["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
         if (
-            t.config.mixed_precision == "bf16"
+            t.config.policy.mixed_precision == "bf16"
         ):  # the engine would switch our autocast off; gradients still travel in float32
             plugin["torch_autocast"] = {
                 "enabled": True,
@@ -374,11 +400,11 @@ def _check_sharding(t: Trainer) -> None:
     "Refuse what sharded weights do not support."
     if t.sharded and t.ema:
         raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it to 0")
-    if t.engine and t.config.kl_weight:
+    if t.engine and t.config.objective.kl_weight:
         raise ValueError(
             "config: kl_weight > 0 was never tried under DeepSpeed; use FSDP2 (data/launch/fsdp2.yaml), or set it to 0"
         )
-    if t.sharded and t.config.kl_weight and not t.config.lora_rank:
+    if t.sharded and t.config.objective.kl_weight and not t.config.policy.lora_rank:
         raise ValueError(
             "config: kl_weight > 0 with sharded weights needs a LoRA (lora_rank > 0), whose reference is the model without it; or train on one card, or set it to 0"
         )
@@ -389,7 +415,7 @@ def iterate(trainer: Trainer, iteration: int) -> dict[str, float]:
     t, c, clock = trainer, trainer.config, [time.perf_counter()]
     chosen = [
         t.prompts[i]
-        for i in prompt_batch(len(t.prompts), c.prompts_per_iteration, c.seed, iteration)
+        for i in prompt_batch(len(t.prompts), c.data.prompts_per_iteration, c.run.seed, iteration)
     ]
     with torch.no_grad():
         rollout = draw_rollout(
@@ -398,11 +424,11 @@ def iterate(trainer: Trainer, iteration: int) -> dict[str, float]:
             t.sampler,
             t.score,
             iteration=iteration,
-            seed=c.seed,
-            group_size=c.group_size,
-            same_noise=c.same_noise,
-            batch=c.rollout_batch,
-            metric=c.metric,
+            seed=c.run.seed,
+            group_size=c.data.group_size,
+            same_noise=c.data.same_noise,
+            batch=c.sampling.rollout_batch,
+            metric=c.objective.metric,
             share=(t.accelerator.process_index, t.accelerator.num_processes),
         )
     clock.append(time.perf_counter())
@@ -412,7 +438,7 @@ def iterate(trainer: Trainer, iteration: int) -> dict[str, float]:
     rewards = {name: _gathered(t, r) for name, r in rollout.rewards.items()}
     curves, old = _gathered(t, rollout.curves), _gathered(t, rollout.log_probs)
     credit = assign_credit(c, rewards, curves, iteration, _transition_stds(t, rollout), t.chunker)
-    t.evaluations["sampled"] += old.shape[0] * c.num_steps
+    t.evaluations["sampled"] += old.shape[0] * c.sampling.num_steps
     for update, members in enumerate(update_batches(c, iteration, credit.used)):
         new, facts = optimise(t, rollout, credit, members, first=update == 0)
         if t.main:
@@ -437,13 +463,13 @@ def optimise(
         rollout,
         credit,
         [i - mine.start for i in members if i in mine],
-        (c.clip_low, c.clip_high),
+        (c.objective.clip_low, c.objective.clip_high),
         on_policy=first,
         num_samples=len(members),
-        micro_batch=c.micro_batch,
+        micro_batch=c.optimisation.micro_batch,
         two_pass=t.sharded,
         num_passes=t.engine.count if t.engine else partial(_most, t) if t.sharded else None,
-        kl_weight=c.kl_weight,
+        kl_weight=c.objective.kl_weight,
         scale=t.accelerator.num_processes if t.sharded else 1.0,
         backward=t.engine.backward if t.engine else t.accelerator.backward,
     )
@@ -451,7 +477,7 @@ def optimise(
     norm = (
         t.engine.step()
         if t.engine
-        else t.accelerator.clip_grad_norm_(t.parameters, c.max_grad_norm)
+        else t.accelerator.clip_grad_norm_(t.parameters, c.optimisation.max_grad_norm)
     )
     if not torch.isfinite(norm):
         raise FloatingPointError(
@@ -489,8 +515,8 @@ def _sum_gradients(t: Trainer) -> None:
 def _check(t: Trainer, rollout: Rollout) -> dict:
     "Replay the first recording: velocity as recorded, |Δ log_prob| at most a tenth of the clip range, or the run stops (trap 1). Below float32 it warns."
     limit, exact = (
-        min(t.config.clip_low, t.config.clip_high) / 10,
-        t.config.dtype in ("float32", "float64") and t.config.mixed_precision == "no",
+        min(t.config.objective.clip_low, t.config.objective.clip_high) / 10,
+        t.config.policy.dtype in ("float32", "float64") and t.config.policy.mixed_precision == "no",
     )
     facts = check_replay(
         t.policy, rollout.recordings[0], tolerance=limit if exact else None, gradients=not t.engine
@@ -510,7 +536,7 @@ def _transition_stds(t: Trainer, rollout: Rollout) -> Tensor:
     sigmas, c = rollout.recordings[0].sigmas.double().cpu(), t.config
     zero = torch.zeros(len(sigmas) - 2, 1, dtype=torch.float64)
     return (
-        sde_step(zero, zero, sigmas[:-2], sigmas[1:-1], c.noise_level, c.sde)
+        sde_step(zero, zero, sigmas[:-2], sigmas[1:-1], c.sampling.noise_level, c.sampling.sde)
         .std.reshape(-1)
         .float()
     )
@@ -536,11 +562,11 @@ def _log_update(
         old[m],
         credit.chunk_ids[m],
         credit.advantages[m],
-        (c.clip_low, c.clip_high),
+        (c.objective.clip_low, c.objective.clip_high),
         credit.mask[m],
     )
     trained, shift = credit.trained[m], (new[m] - old[m]).abs()
-    group_ids = torch.arange(len(old)) // c.group_size
+    group_ids = torch.arange(len(old)) // c.data.group_size
     row = {
         "iteration": iteration,
         "update": update,
@@ -557,15 +583,16 @@ def _log_update(
         "clip_low": d.clip_low,
         "clip_high": d.clip_high,
         "log_prob_shift": (shift * trained).sum(0) / trained.sum(0),
-        **chunking_report(credit.drawn_ids, c.group_size),
+        **chunking_report(credit.drawn_ids, c.data.group_size),
         **{f"evaluations_{k}": v for k, v in t.evaluations.items()},
     }
     row = {k: _plain(v) for k, v in row.items()}
     log_row(t.run, row)
-    if c.track:
+    if c.run.track:
         t.accelerator.log(
             {k: v for k, v in row.items() if isinstance(v, (int, float))},
-            step=iteration * c.updates_per_iteration * c.inner_epochs + update,
+            step=iteration * c.optimisation.updates_per_iteration * c.optimisation.inner_epochs
+            + update,
         )
 
 
@@ -576,7 +603,9 @@ def _log_dynamics(t: Trainer, iteration, curves, credit: Credit) -> None:
             "iteration": iteration,
             "mean": _plain(curves.mean(0)),
             "std": _plain(curves.std(0)),
-            "chunk_sizes": chunking_report(credit.drawn_ids, t.config.group_size)["chunk_sizes"],
+            "chunk_sizes": chunking_report(credit.drawn_ids, t.config.data.group_size)[
+                "chunk_sizes"
+            ],
         },
         "dynamics",
     )
@@ -605,7 +634,7 @@ def validate(trainer: Trainer, iteration: int) -> dict[str, float]:
         "iteration": iteration,
         **{
             k: _plain(float(table[k].mean()))
-            for k in (*c.rewards, "edge_density", "colour_entropy")
+            for k in (*c.objective.rewards, "edge_density", "colour_entropy")
         },
     }
     if t.main:
@@ -641,7 +670,7 @@ def _save(t: Trainer) -> None:
         "chunker": t.chunker.state_dict() if hasattr(t.chunker, "state_dict") else None,
     }
     if t.main:
-        save_checkpoint(t.run, t.done, state, keep=t.config.keep_checkpoints)
+        save_checkpoint(t.run, t.done, state, keep=t.config.run.keep_checkpoints)
     if t.engine and t.accelerator.is_local_main_process:
         t.engine.prune(t.run.path / "checkpoints")
     t.accelerator.wait_for_everyone()
@@ -689,7 +718,7 @@ _MAY_CHANGE = (
 
 def _resume(t: Trainer, out_dir, which: bool | str | Path) -> RunFolder:
     run = RunFolder.open(out_dir)
-    then, now = asdict(run.config), asdict(t.config)
+    then, now = flat(run.config), flat(t.config)
     changed = [k for k in now if k not in _MAY_CHANGE and then[k] != now[k]]
     if changed:
         raise ValueError(
@@ -719,17 +748,22 @@ def train(
     t = Trainer(config, out_dir, resume)
     c, bar = (
         config,
-        tqdm(total=config.iterations, initial=t.done, desc=Path(out_dir).name, disable=not t.main),
+        tqdm(
+            total=config.optimisation.iterations,
+            initial=t.done,
+            desc=Path(out_dir).name,
+            disable=not t.main,
+        ),
     )
-    if t.done == 0 and c.validate_every:
+    if t.done == 0 and c.run.validate_every:
         validate(t, 0)
-    for iteration in range(t.done, c.iterations):
+    for iteration in range(t.done, c.optimisation.iterations):
         seconds = iterate(t, iteration)
         t.done = iteration + 1
-        last = t.done == c.iterations
-        if c.validate_every and (t.done % c.validate_every == 0 or last):
+        last = t.done == c.optimisation.iterations
+        if c.run.validate_every and (t.done % c.run.validate_every == 0 or last):
             validate(t, t.done)
-        if c.checkpoint_every and t.done % c.checkpoint_every == 0 or last:
+        if c.run.checkpoint_every and t.done % c.run.checkpoint_every == 0 or last:
             _save(t)
         if t.main:
             _progress(t, bar, iteration, seconds)
@@ -745,7 +779,7 @@ def _progress(t: Trainer, bar, iteration: int, seconds: dict) -> None:
     row = read_rows(t.run).iloc[-1]
     bar.set_postfix(
         {
-            **{k: f"{row[f'reward_{k}']:.3f}" for k in t.config.rewards},
+            **{k: f"{row[f'reward_{k}']:.3f}" for k in t.config.objective.rewards},
             "grad": f"{row['grad_norm']:.2g}",
             "clip": f"{row['clip_low'] + row['clip_high']:.0%}",
         }
@@ -765,7 +799,12 @@ def _gathered_policy(t: Trainer) -> Policy | None:
     )
     if not t.main:
         return None
-    whole = load_policy(c.model, dtype=c.dtype, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha)
+    whole = load_policy(
+        c.policy.model,
+        dtype=c.policy.dtype,
+        lora_rank=c.policy.lora_rank,
+        lora_alpha=c.policy.lora_alpha,
+    )
     whole.transformer.load_state_dict(weights, strict=False)
     return whole
 
@@ -784,7 +823,7 @@ def _finish(t: Trainer) -> None:
         for name in ("metrics", "validation", "dynamics"):
             if len(rows := read_rows(t.run, name)):
                 save_table(t.run, name, rows)
-    if t.config.track:
+    if t.config.run.track:
         t.accelerator.end_training()
 
 # %% ../../nbs/training/08_trainer.ipynb #4a3a6ac5
@@ -810,7 +849,7 @@ def measure_overhead(trainer: Trainer, iteration: int) -> dict[str, float]:
     start = clock()
     for recording in recordings:
         every = torch.arange(len(recording))
-        for step in range(t.config.num_steps):
+        for step in range(t.config.sampling.num_steps):
             _bare_call(t, recording, every, torch.full_like(every, step), False)
     for recording, rows, steps, gradient in seen["passes"]:
         _bare_call(t, recording, rows, steps, gradient)
