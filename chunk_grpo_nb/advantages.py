@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% ../nbs/maths/05_advantages.ipynb #69e4a4da
 def _group_index(group_ids: Tensor, count: int) -> Tensor:
-    "(n,) group of each sample, numbered 0, 1, ..., after checking that there is one for every sample."
+    """(n,) group of each sample, numbered 0, 1, ...; there must be one for every sample."""
     group_ids = torch.as_tensor(group_ids)
     if group_ids.shape != (count,):
         raise ValueError(
@@ -25,7 +25,7 @@ def _group_index(group_ids: Tensor, count: int) -> Tensor:
 def _check_rewards(
     rewards: Tensor, group_ids: Tensor, names: Sequence[str] | None, what: str = "reward"
 ) -> Tensor:
-    "`rewards` as float64 (n,), after refusing NaN and infinity by index and name."
+    """`rewards` as float64 (n,), after refusing NaN and infinity by index and name."""
     rewards = torch.as_tensor(rewards)
     if rewards.ndim != 1 or rewards.numel() == 0:
         raise ValueError(f"{what}s must have shape (n,) with n >= 1, got {tuple(rewards.shape)}")
@@ -35,14 +35,21 @@ def _check_rewards(
         i = int((~torch.isfinite(rewards)).nonzero()[0])
         name = f", {names[i]!r}" if names is not None else ""
         raise ValueError(
-            f"{what} {i} (group {torch.as_tensor(group_ids)[i].item()}{name}) is {rewards[i].item()}; rewards must be finite: "
+            f"{what} {i} (group {torch.as_tensor(group_ids)[i].item()}{name}) is "
+            f"{rewards[i].item()}; rewards must be finite: "
             "repair the reward, or leave the whole group out (see finite_groups)"
         )
     return rewards
 
 # %% ../nbs/maths/05_advantages.ipynb #2cd4808e
+def _float_dtype(rewards: Tensor) -> torch.dtype:
+    """The dtype of `rewards`, or the default one where they are not floating-point numbers."""
+    dtype = torch.as_tensor(rewards).dtype
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
 def _group_reduce(values: Tensor, index: Tensor, how: str) -> Tensor:
-    "(n,) for each sample the `how` (mean, amax, amin) of its group."
+    """(n,) for each sample the `how` (mean, amax, amin) of its group."""
     groups = int(index.max()) + 1
     return values.new_zeros(groups).scatter_reduce(0, index, values, how, include_self=False)[index]
 
@@ -55,7 +62,10 @@ def group_advantages(
     eps: float = 1e-4,  # added to the std
     names: Sequence[str] | None = None,  # (n,) prompts, for error messages
 ) -> Tensor:  # (n,), dtype of `rewards`
-    "`(reward - group mean) / (std + eps)`, in float64 inside, sample std (n - 1). A group whose rewards are all equal gets 0."
+    """`(reward - group mean) / (std + eps)`, in float64 inside, sample std (n - 1).
+
+    A group whose rewards are all equal gets 0.
+    """
     if std not in ("group", "global", "none"):
         raise ValueError(f"unknown std {std!r}; allowed: group, global, none")
     if eps < 0 or clip is not None and clip <= 0:
@@ -66,44 +76,38 @@ def group_advantages(
     flat = _group_reduce(values, index, "amax") == _group_reduce(values, index, "amin")
     if std == "group":
         size = index.bincount()[index]
-        scale = (
-            _group_reduce(centred.square(), index, "mean") * size / (size - 1).clamp(min=1)
-        ).sqrt() + eps
+        variance = _group_reduce(centred.square(), index, "mean") * size / (size - 1).clamp(min=1)
+        scale = variance.sqrt() + eps
+    elif std == "global" and len(values) > 1:
+        scale = values.std() + eps
     else:
-        scale = (
-            values.std() + eps if std == "global" and len(values) > 1 else torch.ones_like(values)
-        )
+        scale = torch.ones_like(values)
     advantages = torch.where(flat, 0.0, centred / torch.where(flat, 1.0, scale))
-    advantages = advantages if clip is None else advantages.clamp(-clip, clip)
-    dtype = torch.as_tensor(rewards).dtype
-    return advantages.to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    return advantages.to(_float_dtype(rewards))
 
 # %% ../nbs/maths/05_advantages.ipynb #1f149f90
 def zero_variance_share(
     rewards: Tensor,  # (n,)
     group_ids: Tensor,  # (n,)
 ) -> float:
-    "Share of the groups whose rewards are all equal: they teach nothing."
+    """Share of the groups whose rewards are all equal: they teach nothing."""
     values = _check_rewards(rewards, group_ids, None)
     index = _group_index(group_ids, len(values)).to(values.device)
-    spread = _group_reduce(values, index, "amax") - _group_reduce(values, index, "amin")
-    return float(
-        (
-            torch.zeros(int(index.max()) + 1, device=values.device, dtype=spread.dtype).index_copy(
-                0, index, spread
-            )
-            == 0
-        )
-        .double()
-        .mean()
-    )
+    flat = _group_reduce(values, index, "amax") == _group_reduce(values, index, "amin")
+    flat_groups = index[flat].unique()
+    return len(flat_groups) / (int(index.max()) + 1)
 
 
 def finite_groups(
     rewards: Tensor,  # (n,) with NaN where scoring failed
     group_ids: Tensor,  # (n,)
 ) -> Tensor:  # bool (n,)
-    "True for the samples whose whole group has finite rewards: a failed reward takes its group out, it is never averaged in."
+    """True for the samples whose whole group has finite rewards.
+
+    A failed reward takes its group out, it is never averaged in.
+    """
     index = _group_index(group_ids, len(rewards)).to(rewards.device)
     return _group_reduce(torch.isfinite(rewards).double(), index, "amin") == 1
 
@@ -114,69 +118,53 @@ def combined_advantages(
     weights: Mapping[
         str, float | Sequence[float] | Tensor
     ],  # name -> a number, (K,) one per chunk, or (n, K)
-    how: str = "sum",  # "sum": weigh the rewards, then normalise; "gdpo": normalise each reward, weigh, normalise over the batch
+    how: str = "sum",  # "sum": weigh, then normalise; "gdpo": normalise, weigh, normalise again
     std: str = "group",  # as in `group_advantages`
     clip: float | None = 5.0,
     eps: float = 1e-4,
     names: Sequence[str] | None = None,  # (n,) prompts, for error messages
 ) -> Tensor:  # (n,), or (n, K) where any weight is per chunk
-    "Advantages of several rewards; weights per chunk give every chunk an advantage of its own."
+    """Advantages of several rewards; weights per chunk give every chunk an advantage of its own."""
     if how not in ("sum", "gdpo"):
         raise ValueError(f"unknown way to combine rewards {how!r}; allowed: sum, gdpo")
     if not rewards or rewards.keys() != weights.keys():
         raise ValueError(
-            f"rewards and weights must have the same names, at least one: got {sorted(rewards)} and {sorted(weights)}"
+            f"rewards and weights must have the same names, at least one: got {sorted(rewards)} "
+            f"and {sorted(weights)}"
         )
-    values = {
-        name: _check_rewards(value, group_ids, names, f"reward {name!r}")
-        for name, value in rewards.items()
-    }
-    weight = _weight_table(weights, len(next(iter(values.values()))))
-    if how == "gdpo":
-        values = {
-            name: group_advantages(value, group_ids, std, None, eps)
-            for name, value in values.items()
-        }
-    total = sum(
-        weight[name].to(value.device) * value[:, None] for name, value in values.items()
-    )  # (n, K) or (n, 1)
-    if how == "sum":
-        result = torch.stack(
-            [group_advantages(column, group_ids, std, clip, eps) for column in total.T], dim=1
-        )
-    else:
-        result = torch.stack(
-            [
-                group_advantages(column, torch.zeros(len(column)), "group", clip, eps)
-                for column in total.T
-            ],
-            dim=1,
-        )
-    per_chunk = any(torch.as_tensor(value).ndim for value in weights.values())
-    dtype = torch.as_tensor(next(iter(rewards.values()))).dtype
-    return (result if per_chunk else result[:, 0]).to(
-        dtype if dtype.is_floating_point else torch.get_default_dtype()
-    )
+    table = None
+    total = 0
+    for name, value in rewards.items():
+        values = _check_rewards(value, group_ids, names, f"reward {name!r}")
+        table = table or _weight_table(weights, len(values))
+        if how == "gdpo":
+            values = group_advantages(values, group_ids, std, None, eps)
+        total = total + table[name].to(values.device) * values[:, None]  # (n, K) or (n, 1)
+
+    if how == "gdpo":  # the last normalisation is over the batch
+        group_ids, std = torch.zeros(len(total)), "group"
+    columns = [group_advantages(column, group_ids, std, clip, eps) for column in total.T]
+    result = torch.stack(columns, dim=1)
+    if not any(torch.as_tensor(value).ndim for value in weights.values()):
+        result = result[:, 0]
+    return result.to(_float_dtype(next(iter(rewards.values()))))
 
 # %% ../nbs/maths/05_advantages.ipynb #cbbc0dbf
 def _weight_table(
     weights: Mapping[str, float | Sequence[float] | Tensor], count: int
 ) -> dict[str, Tensor]:
-    "Every weight as float64 (1, 1), (1, K) or (n, K), after checking that they agree on K."
+    """Every weight as float64 (1, 1), (1, K) or (n, K), after checking that they agree on K."""
     table = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in weights.items()}
-    table = {
-        name: value.reshape(1, -1) if value.ndim < 2 else value for name, value in table.items()
-    }
-    widths = {value.shape[1] for value in table.values()} - {1}
     for name, value in table.items():
-        if (
-            value.ndim != 2
-            or value.shape[0] not in (1, count)
-            or not torch.isfinite(value).all()
-            or len(widths) > 1
-        ):
+        if value.ndim < 2:
+            table[name] = value.reshape(1, -1)
+    widths = {value.shape[-1] for value in table.values()} - {1}
+    for name, value in table.items():
+        fits = value.ndim == 2 and value.shape[0] in (1, count) and len(widths) <= 1
+        if not fits or not torch.isfinite(value).all():
             shapes = {key: tuple(entry.shape) for key, entry in table.items()}
             raise ValueError(
-                f"weights must be finite numbers, (K,) or ({count}, K) with one K for all rewards; reward {name!r} has {weights[name]!r}, shapes are {shapes}"
+                f"weights must be finite numbers, (K,) or ({count}, K) with one K for all "
+                f"rewards; reward {name!r} has {weights[name]!r}, shapes are {shapes}"
             )
     return table

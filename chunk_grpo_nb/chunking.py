@@ -10,14 +10,15 @@ __all__ = ['CHUNKERS', 'chunk_ids_from_sizes', 'chunk_sizes_from_ids', 'chunk_ma
 # %% ../nbs/maths/04_chunking.ipynb #e3132539
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 # %% ../nbs/maths/04_chunking.ipynb #6a3e4edf
 def _check_chunk_ids(chunk_ids: Tensor) -> Tensor:
-    "`chunk_ids` if every row starts at 0 and rises by 0 or 1 from step to step, else an error."
+    """`chunk_ids` if every row starts at 0 and rises by 0 or 1 from step to step, else an error."""
     if (
         not isinstance(chunk_ids, Tensor)
         or chunk_ids.ndim not in (1, 2)
@@ -25,20 +26,22 @@ def _check_chunk_ids(chunk_ids: Tensor) -> Tensor:
         or chunk_ids.dtype == torch.bool
     ):
         raise ValueError(
-            f"chunk_ids must be an integer tensor of shape (steps,) or (b, steps), got {_describe(chunk_ids)}"
+            "chunk_ids must be an integer tensor of shape (steps,) or (b, steps), got "
+            f"{_describe(chunk_ids)}"
         )
     if chunk_ids.shape[-1] == 0:
         raise ValueError("chunk_ids has no steps; a trajectory needs at least one trained step")
     rises = chunk_ids.diff(dim=-1)
     if (chunk_ids[..., 0] != 0).any() or (rises < 0).any() or (rises > 1).any():
         raise ValueError(
-            f"chunk_ids must start at 0 and rise by 0 or 1 from step to step in every row, got {chunk_ids.tolist()}"
+            "chunk_ids must start at 0 and rise by 0 or 1 from step to step in every row, got "
+            f"{chunk_ids.tolist()}"
         )
     return chunk_ids.long()
 
 
 def _describe(value) -> str:
-    "What an error message says about an unexpected value."
+    """What an error message says about an unexpected value."""
     return (
         f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     )
@@ -48,7 +51,7 @@ def chunk_ids_from_sizes(
     sizes: Sequence,  # steps per chunk, `[2, 3, 4, 7]`; or one such list per trajectory
     steps: int | None = None,  # when given, what the sizes must sum to
 ) -> Tensor:  # (steps,), or (b, steps) for a list of lists
-    "The chunk of each step, from chunk sizes: `[2, 3]` -> `0, 0, 1, 1, 1`."
+    """The chunk of each step, from chunk sizes: `[2, 3]` -> `0, 0, 1, 1, 1`."""
     if len(sizes) and isinstance(sizes[0], Sequence):
         return torch.stack(
             [chunk_ids_from_sizes(row, sum(sizes[0]) if steps is None else steps) for row in sizes]
@@ -65,7 +68,7 @@ def chunk_ids_from_sizes(
 def chunk_sizes_from_ids(
     chunk_ids: Tensor,  # (steps,) or (b, steps)
 ) -> list:  # list of sizes, or one list per row
-    "The inverse of `chunk_ids_from_sizes`."
+    """The inverse of `chunk_ids_from_sizes`."""
     chunk_ids = _check_chunk_ids(chunk_ids)
     if chunk_ids.ndim == 2:
         return [chunk_sizes_from_ids(row) for row in chunk_ids]
@@ -76,7 +79,10 @@ def chunk_mask(
     chunk_ids: Tensor,  # (steps,) or (b, steps)
     num_chunks: int | None = None,  # K; default: the largest count of any row
 ) -> Tensor:  # bool (b, K), b = 1 for (steps,)
-    "True where the row has that chunk. Rows may have different numbers of chunks; the rest is padding."
+    """True where the row has that chunk.
+
+    Rows may have different numbers of chunks; the rest is padding.
+    """
     counts = _check_chunk_ids(chunk_ids).reshape(-1, chunk_ids.shape[-1])[:, -1] + 1
     largest = int(counts.max())
     if num_chunks is not None and num_chunks < largest:
@@ -89,10 +95,11 @@ def chunk_sum(
     chunk_ids: Tensor,  # (b, steps) or (steps,)
     num_chunks: int | None = None,  # K; default: the largest count of any row
 ) -> Tensor:  # (b, K), padding 0
-    "Sum of the steps of each chunk; differentiable."
+    """Sum of the steps of each chunk; differentiable."""
     if values.ndim != 2 or chunk_ids.shape not in (values.shape, values.shape[1:]):
         raise ValueError(
-            f"values must be (b, steps) and chunk_ids (b, steps) or (steps,), got {tuple(values.shape)} and {tuple(chunk_ids.shape)}"
+            "values must be (b, steps) and chunk_ids (b, steps) or (steps,), got "
+            f"{tuple(values.shape)} and {tuple(chunk_ids.shape)}"
         )
     num_chunks = chunk_mask(chunk_ids, num_chunks).shape[1]
     belongs = chunk_ids[..., None] == torch.arange(num_chunks, device=chunk_ids.device)
@@ -103,7 +110,7 @@ def chunk_lengths(
     chunk_ids: Tensor,  # (b, steps) or (steps,)
     num_chunks: int | None = None,  # K; default: the largest count of any row
 ) -> Tensor:  # integers (b, K), b = 1 for (steps,), padding 0
-    "How many steps each chunk has: cs_j as a tensor."
+    """How many steps each chunk has: cs_j as a tensor."""
     rows = chunk_ids.reshape(-1, chunk_ids.shape[-1])
     return chunk_sum(torch.ones_like(rows), rows, num_chunks)
 
@@ -112,18 +119,19 @@ def chunk_to_steps(
     values: Tensor,  # (b, K), or (1, K) for every row
     chunk_ids: Tensor,  # (b, steps) or (steps,)
 ) -> Tensor:  # (b, steps)
-    "Give every step the value of its chunk: a chunk's weight, or whether it was selected."
+    """Give every step the value of its chunk: a chunk's weight, or whether it was selected."""
     ids = _check_chunk_ids(chunk_ids).reshape(-1, chunk_ids.shape[-1]).to(values.device)
     rows = max(len(values), len(ids))
     if values.ndim != 2 or {len(values), len(ids)} - {1, rows} or values.shape[1] <= int(ids.max()):
         raise ValueError(
-            f"values must be (b, K) with a column for every chunk, got {tuple(values.shape)} for chunk_ids {tuple(chunk_ids.shape)}"
+            f"values must be (b, K) with a column for every chunk, got {tuple(values.shape)} for "
+            f"chunk_ids {tuple(chunk_ids.shape)}"
         )
     return values.expand(rows, -1).gather(1, ids.expand(rows, -1))
 
 # %% ../nbs/maths/04_chunking.ipynb #76b604e1
 def _check_curve(curve: Tensor) -> Tensor:
-    "`curve` if it is finite and (steps,) or (b, steps), else an error that names the place."
+    """`curve` if it is finite and (steps,) or (b, steps), else an error that names the place."""
     if (
         not isinstance(curve, Tensor)
         or curve.ndim not in (1, 2)
@@ -131,20 +139,22 @@ def _check_curve(curve: Tensor) -> Tensor:
         or not curve.is_floating_point()
     ):
         raise ValueError(
-            f"a dynamics curve must be a float tensor of shape (steps,) or (b, steps), got {_describe(curve)}"
+            "a dynamics curve must be a float tensor of shape (steps,) or (b, steps), got "
+            f"{_describe(curve)}"
         )
     if not torch.isfinite(curve).all():
         place = (~torch.isfinite(curve)).nonzero()[0].tolist()
         raise ValueError(
-            f"the dynamics curve is {curve[tuple(place)].item()} at index {place}; check the rollout's latents for NaN or a zero norm"
+            f"the dynamics curve is {curve[tuple(place)].item()} at index {place}; check the "
+            "rollout's latents for NaN or a zero norm"
         )
     return curve
 
 # %% ../nbs/maths/04_chunking.ipynb #4ebbc5d6
 def _sign_runs(values: list[float], order: int, tolerance: float) -> list[tuple[int, int]]:
-    "Runs (sign, length) of the order-`order` difference of `values`, one sign per value."
+    """Runs (sign, length) of the order-`order` difference of `values`, one sign per value."""
     for _ in range(order):
-        values = [b - a for a, b in zip(values, values[1:])]
+        values = [b - a for a, b in pairwise(values)]
     signs = [0 if abs(value) <= tolerance else 1 if value > 0 else -1 for value in values]
     sign = next(
         (s for s in signs if s), 0
@@ -157,7 +167,10 @@ def _sign_runs(values: list[float], order: int, tolerance: float) -> list[tuple[
 
 
 def _join_short(runs: list[tuple[int, int]], min_size: int) -> list[int]:
-    "Lengths of the runs after each run below `min_size` has joined its left neighbour (the first: its right one)."
+    """Lengths of the runs, where each one below `min_size` joins its left neighbour.
+
+    The first joins its right neighbour.
+    """
     joined = []
     for _, length in runs:
         if joined and length < min_size:
@@ -172,7 +185,7 @@ def _join_short(runs: list[tuple[int, int]], min_size: int) -> list[int]:
 def _adaptive_sizes(
     values: list[float], order: int, min_size: int, max_size: int, tolerance: float, rounding: float
 ) -> list[int]:
-    "Chunk sizes of one part of a curve, by sign runs of its order-`order` difference, recursively."
+    """Chunk sizes of one part of a curve, by sign runs of its differences, recursively."""
     n = len(values)
     if n <= max_size or n < 2 * min_size:
         return [n]
@@ -195,18 +208,21 @@ def _adaptive_sizes(
 def adaptive_chunks(
     curve: Tensor,  # dynamics, (steps,) or (b, steps)
     min_size: int = 2,  # no chunk is shorter, unless the whole trajectory is
-    max_size: int
-    | None = None,  # a part of at most this many steps is not cut; default a third of the steps, rounded up
+    max_size: int | None = None,  # parts up to this are not cut; default ceil(steps / 3)
     tolerance: float = 0.0,  # a difference of at most this size has no sign of its own
 ) -> Tensor:  # chunk_ids of the shape of `curve`
-    "Cut each curve where its differences change sign, recursively with rising order (ICML version, section 4.3). Differences within rounding count as 0."
+    """Cut each curve where its differences change sign, recursively with rising order.
+
+    Section 4.3 of the ICML version. Differences within rounding count as 0.
+    """
     _check_curve(curve)
     if curve.ndim == 2:
         return torch.stack([adaptive_chunks(row, min_size, max_size, tolerance) for row in curve])
     max_size = -(-len(curve) // 3) if max_size is None else max_size
     if min_size < 1 or max_size < 1 or tolerance < 0:
         raise ValueError(
-            f"min_size and max_size must be at least 1 and tolerance at least 0, got {min_size}, {max_size} and {tolerance}"
+            f"min_size and max_size must be at least 1 and tolerance at least 0, got {min_size}, "
+            f"{max_size} and {tolerance}"
         )
     rounding = torch.finfo(curve.dtype).eps * curve.abs().max().item()
     sizes = _adaptive_sizes(curve.tolist(), 1, min_size, max_size, tolerance, rounding)
@@ -218,14 +234,21 @@ def segment_chunks(
     num_chunks: int,  # K
     min_size: int = 1,  # no chunk is shorter
 ) -> Tensor:  # (steps,)
-    "Cut the mean curve into `num_chunks` pieces with the least sum of squared deviations from each piece's mean (dynamic programme)."
+    """Cut the mean curve into pieces with the least sum of squares around the pieces' means.
+
+    Solved exactly, by dynamic programming over the end of the last piece.
+    """
     mean = _check_curve(curve).double().reshape(-1, curve.shape[-1]).mean(0)
     n = len(mean)
     if num_chunks < 1 or min_size < 1 or num_chunks * min_size > n:
         raise ValueError(
             f"{n} steps cannot be cut into {num_chunks} chunks of at least {min_size} steps"
         )
-    cost = lambda a, b: (mean[a:b] - mean[a:b].mean()).square().sum().item()
+
+    def cost(start: int, end: int) -> float:
+        piece = mean[start:end]
+        return (piece - piece.mean()).square().sum().item()
+
     best = {0: (0.0, [])}  # end of the last piece -> (cost so far, sizes so far)
     for k in range(num_chunks):
         remaining = (num_chunks - k - 1) * min_size
@@ -245,7 +268,11 @@ CHUNKERS: dict[str, Callable] = {}
 
 
 def register_chunker(name: str) -> Callable:
-    "Register a factory `(argument: str, **options) -> callable(curve, group_ids=None) -> chunk_ids` under the part of a spec before the colon."
+    """Register a factory of chunkers under `name`, the part of a spec before the colon.
+
+    The factory takes (argument: str, **options) and returns a callable
+    (curve, group_ids=None) -> chunk_ids.
+    """
 
     def register(factory: Callable) -> Callable:
         CHUNKERS[name] = factory
@@ -255,11 +282,15 @@ def register_chunker(name: str) -> Callable:
 
 
 def make_chunker(
-    spec: str,  # "step", "sequence", "fixed:2,3,4,7", "uniform:4", "adaptive[:trajectory|group|mean]", "segment:4", "online:<spec>"
+    spec: str,  # a name and its argument, such as "fixed:2,3,4,7"; see below
     **options,  # keywords of the rule, such as min_size, max_size, tolerance
 ) -> Callable:  # (curve (steps,) or (b, steps), group_ids=None) -> chunk_ids
-    "The chunker a configuration names: a registered name and, after a colon, its argument."
-    name, _, argument = spec.partition(":")
+    """The chunker a configuration names: a registered name and, after a colon, its argument.
+
+    "step", "sequence", "fixed:2,3,4,7", "uniform:4", "adaptive" (per trajectory),
+    "adaptive:group", "adaptive:mean", "segment:4", or "online:" before one of these.
+    """
+    name, _, argument = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if name not in CHUNKERS:
         raise ValueError(
             f"unknown chunker {name!r} in {spec!r}; allowed: {', '.join(sorted(CHUNKERS))}"
@@ -273,30 +304,32 @@ def make_chunker(
 
 
 def _whole_number(argument: str, spec: str) -> int:
-    "The whole number after the colon of a spec, else an error that shows the form."
-    if not argument.strip().isdigit() or int(argument) < 1:
+    """The whole number after the colon of a spec, else an error that shows the form."""
+    text = argument.strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < 1:
         raise ValueError(
-            f"chunker {spec!r} needs a whole number of at least 1 after the colon, as in '{spec}:4', got {argument!r}"
+            f"chunker {spec!r} needs a whole number of at least 1 after the colon, as in "
+            f"'{spec}:4', got {argument!r}"
         )
     return int(argument)
 
 # %% ../nbs/maths/04_chunking.ipynb #240f9c1e
 def _no_argument(argument: str, spec: str) -> None:
-    "Refuse an argument where a chunker takes none."
+    """Refuse an argument where a chunker takes none."""
     if argument:
         raise ValueError(f"chunker {spec!r} takes no argument, got {argument!r}")
 
 
 @register_chunker("step")
 def _step(argument: str) -> Callable:
-    "Every step its own chunk."
+    """Every step its own chunk."""
     _no_argument(argument, "step")
     return lambda curve, group_ids=None: torch.arange(curve.shape[-1], device=curve.device)
 
 
 @register_chunker("sequence")
 def _sequence(argument: str) -> Callable:
-    "All steps in one chunk."
+    """All steps in one chunk."""
     _no_argument(argument, "sequence")
     return lambda curve, group_ids=None: torch.zeros(
         curve.shape[-1], dtype=torch.long, device=curve.device
@@ -305,7 +338,7 @@ def _sequence(argument: str) -> Callable:
 
 @register_chunker("fixed")
 def _fixed(argument: str) -> Callable:
-    "The listed sizes."
+    """The listed sizes."""
     sizes = [_whole_number(size, "fixed") for size in argument.split(",")]
     return lambda curve, group_ids=None: chunk_ids_from_sizes(sizes, steps=curve.shape[-1]).to(
         curve.device
@@ -314,7 +347,7 @@ def _fixed(argument: str) -> Callable:
 
 @register_chunker("uniform")
 def _uniform(argument: str) -> Callable:
-    "So many chunks of equal size; what does not divide goes to the last ones."
+    """So many chunks of equal size; what does not divide goes to the last ones."""
     count = _whole_number(argument, "uniform")
 
     def chunker(curve: Tensor, group_ids: Tensor | None = None) -> Tensor:
@@ -331,7 +364,7 @@ def _uniform(argument: str) -> Callable:
 
 # %% ../nbs/maths/04_chunking.ipynb #2c61aed5
 def _group_means(curve: Tensor, group_ids: Tensor) -> Tensor:
-    "Every row replaced by the mean row of its group."
+    """Every row replaced by the mean row of its group."""
     _, index = torch.as_tensor(group_ids, device=curve.device).unique(return_inverse=True)
     member = torch.nn.functional.one_hot(index).to(curve.dtype)  # (b, groups)
     return member @ ((member.T @ curve) / member.sum(0)[:, None])
@@ -341,7 +374,7 @@ def _group_means(curve: Tensor, group_ids: Tensor) -> Tensor:
 def _adaptive(
     argument: str, min_size: int = 2, max_size: int | None = None, tolerance: float = 0.0
 ) -> Callable:
-    "The paper's recursion on each trajectory's curve, on its group's mean curve, or on the mean curve of all."
+    """The paper's recursion on each trajectory's curve, its group's mean, or the mean of all."""
     over = argument or "trajectory"
     if over not in ("trajectory", "group", "mean"):
         raise ValueError(
@@ -365,14 +398,17 @@ def _adaptive(
 
 @register_chunker("segment")
 def _segment(argument: str, min_size: int = 1) -> Callable:
-    "Least-squares pieces of the mean curve."
+    """Least-squares pieces of the mean curve."""
     count = _whole_number(argument, "segment")
     return lambda curve, group_ids=None: segment_chunks(curve, count, min_size)
 
 # %% ../nbs/maths/04_chunking.ipynb #bc6d93c7
 @dataclass(frozen=True, eq=False)
 class CurveEstimate:
-    "A running mean of curves with forgetting, and what is needed for its uncertainty; float64 on the CPU."
+    """A running mean of curves with forgetting, and what is needed for its uncertainty.
+
+    Float64 on the CPU.
+    """
 
     mean: Tensor  # (steps,)
     scatter: Tensor  # (steps, steps) weighted sum of squared deviations
@@ -384,10 +420,11 @@ class CurveEstimate:
         rows: Tensor,  # (b, steps) new curves, of weight 1
         decay: float,  # factor on all earlier weights
     ) -> "CurveEstimate":
-        "The estimate with new curves taken in (Welford's update, batched)."
+        """The estimate with new curves taken in (Welford's update, batched)."""
         if rows.shape[1] != len(self.mean):
             raise ValueError(
-                f"the online chunker has seen curves of {len(self.mean)} steps, now one of {rows.shape[1]}"
+                f"the online chunker has seen curves of {len(self.mean)} steps, now one of "
+                f"{rows.shape[1]}"
             )
         old, batch, count = decay * self.weight, rows.mean(0), len(rows)
         shift, centred = batch - self.mean, rows - batch
@@ -404,7 +441,10 @@ class CurveEstimate:
         )
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        "(count, steps) curves from the sampling distribution of the mean; the mean itself as long as one curve is all there is."
+        """(count, steps) curves from the sampling distribution of the mean.
+
+        The mean itself as long as one curve is all there is.
+        """
         effective = (
             self.weight**2 / self.square_weight
         )  # number of curves that count, after forgetting
@@ -414,71 +454,72 @@ class CurveEstimate:
         noise = torch.randn(count, len(self.mean), generator=generator, dtype=torch.float64)
         return self.mean + (noise * values.clamp(min=0).sqrt()) @ vectors.T
 
-# %% ../nbs/maths/04_chunking.ipynb #14a711d8
-class OnlineChunker:
-    "A chunker that re-estimates the mean curve with every call and moves the boundaries when enough bootstrap draws agree on new ones."
+# %% ../nbs/maths/04_chunking.ipynb #17fa001a
+def _most_common_chunking(rule: Callable, curves: Tensor) -> tuple[Tensor, float]:
+    """The chunking (steps,) that `rule` gives most of the curves (n, steps), and their share."""
+    found = Counter(tuple(rule(curve).tolist()) for curve in curves)
+    winner, votes = found.most_common(1)[0]
+    return torch.tensor(winner), votes / found.total()
 
-    def __init__(
-        self,
-        rule: Callable,  # curve (steps,) -> chunk_ids (steps,)
-        confidence: float = 0.8,  # share of the draws that must agree before a boundary moves
-        decay: float = 0.9,  # weight of what was seen before, per call
-        draws: int = 64,  # bootstrap draws per call
-        seed: int = 0,  # of the draws
-    ):
-        if not 0.5 <= confidence <= 1 or not 0 < decay <= 1 or draws < 1:
+# %% ../nbs/maths/04_chunking.ipynb #14a711d8
+@dataclass(eq=False)
+class OnlineChunker:
+    """A chunker that re-estimates the mean curve with every call.
+
+    It moves the boundaries when enough bootstrap draws agree on new ones.
+    """
+
+    rule: Callable  # curve (steps,) -> chunk_ids (steps,)
+    confidence: float = 0.8  # share of the draws that must agree before a boundary moves
+    decay: float = 0.9  # weight of what was seen before, per call
+    draws: int = 64  # bootstrap draws per call
+    seed: int = 0  # of the draws
+    calls: int = field(default=0, init=False)
+    estimate: CurveEstimate | None = field(default=None, init=False)
+    chunk_ids: Tensor | None = field(default=None, init=False)  # (steps,) the chunking in force
+    candidate: Tensor | None = field(default=None, init=False)  # (steps,) of most draws, last call
+    agreement: float = field(default=0.0, init=False)  # share of the draws that gave it
+
+    def __post_init__(self):
+        if not 0.5 <= self.confidence <= 1 or not 0 < self.decay <= 1 or self.draws < 1:
             raise ValueError(
-                f"confidence must be in [0.5, 1], decay in (0, 1] and draws at least 1, got {confidence}, {decay} and {draws}"
+                "confidence must be in [0.5, 1], decay in (0, 1] and draws at least 1, got "
+                f"{self.confidence}, {self.decay} and {self.draws}"
             )
-        self.rule, self.confidence, self.decay, self.draws, self.seed = (
-            rule,
-            confidence,
-            decay,
-            draws,
-            seed,
-        )
-        self.calls = 0
-        self.estimate: CurveEstimate | None = None
-        self.chunk_ids: Tensor | None = None  # (steps,) the chunking in force
-        self.candidate: Tensor | None = None  # (steps,) what most draws of the last call gave
-        self.agreement = 0.0  # share of the draws that gave it
 
     def __call__(self, curve: Tensor, group_ids: Tensor | None = None) -> Tensor:
-        "Take in the curves of one iteration, (b, steps), and return the chunking (steps,) in force."
+        """Take in the curves of one iteration, (b, steps); return the chunking (steps,)."""
         rows = _check_curve(curve).double().cpu().reshape(-1, curve.shape[-1])
         steps = rows.shape[1]
         empty = CurveEstimate(torch.zeros(steps).double(), torch.zeros(steps, steps).double())
         self.estimate = (self.estimate or empty).updated(rows, self.decay)
         self.calls += 1
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.calls)
-        found = Counter(
-            tuple(self.rule(draw).tolist()) for draw in self.estimate.draw(self.draws, generator)
-        )
-        winner, votes = found.most_common(1)[0]
-        self.candidate, self.agreement = torch.tensor(winner), votes / found.total()
+        curves = self.estimate.draw(self.draws, generator)
+        self.candidate, self.agreement = _most_common_chunking(self.rule, curves)
         if self.chunk_ids is None or self.agreement >= self.confidence:
             self.chunk_ids = self.candidate
         return self.chunk_ids.to(curve.device)
 
     def state_dict(self) -> dict:
-        "All that a checkpoint needs; the rule and the settings come from the configuration."
+        """All that a checkpoint needs; the rule and the settings come from the configuration."""
         estimate = None if self.estimate is None else dict(vars(self.estimate))
-        return {
-            "calls": self.calls,
-            "estimate": estimate,
-            "chunk_ids": self.chunk_ids,
-            "candidate": self.candidate,
-            "agreement": self.agreement,
-        }
+        names = ("calls", "chunk_ids", "candidate", "agreement")
+        return {name: getattr(self, name) for name in names} | {"estimate": estimate}
 
     def load_state_dict(self, state: dict) -> None:
-        "Continue from `state_dict`."
-        if wrong := self.state_dict().keys() ^ state.keys():
-            raise ValueError(
-                f"online chunker state does not fit; missing or unexpected: {', '.join(sorted(wrong))}"
-            )
-        estimate = None if state["estimate"] is None else CurveEstimate(**state["estimate"])
-        vars(self).update(state | {"estimate": estimate})
+        """Continue from `state_dict`."""
+        _load_chunker_state(self, state)
+
+# %% ../nbs/maths/04_chunking.ipynb #f9c3aa91
+def _load_chunker_state(chunker: OnlineChunker, state: dict) -> None:
+    """Put a state in place, after a check that it has every entry and no other."""
+    if wrong := chunker.state_dict().keys() ^ state.keys():
+        raise ValueError(
+            f"online chunker state does not fit; missing or unexpected: {', '.join(sorted(wrong))}"
+        )
+    estimate = state["estimate"] and CurveEstimate(**state["estimate"])
+    vars(chunker).update(state | {"estimate": estimate})
 
 # %% ../nbs/maths/04_chunking.ipynb #e0674a27
 @register_chunker("online")
@@ -490,7 +531,7 @@ def _online(
     seed: int = 0,
     **options,
 ) -> OnlineChunker:
-    "The rule named after the colon (default adaptive), kept up to date while training."
+    """The rule named after the colon (default adaptive), kept up to date while training."""
     return OnlineChunker(
         make_chunker(argument or "adaptive", **options), confidence, decay, draws, seed
     )
@@ -501,7 +542,10 @@ def chunk_weights(
     chunk_ids: Tensor,  # (b, steps) or (steps,)
     uniform_share: float = 0.0,  # 0: eq. 17; 1: uniform; in between: annealing
 ) -> Tensor:  # (b, K), rows sum to 1, padding 0
-    "Probability of drawing each chunk, in proportion to its mean dynamics (eq. 17), mixed with the uniform one by `uniform_share`."
+    """Probability of drawing each chunk, in proportion to its mean dynamics (eq. 17).
+
+    `uniform_share` mixes it with the uniform distribution over the row's chunks.
+    """
     if not 0 <= uniform_share <= 1:
         raise ValueError(f"uniform_share must be in [0, 1], got {uniform_share}")
     curve = _check_curve(curve).reshape(-1, curve.shape[-1])
@@ -509,7 +553,8 @@ def chunk_weights(
     if (curve < 0).any() or (mass.sum(1) <= 0).any():
         row = ((curve < 0).any(1) | (mass.sum(1) <= 0)).nonzero()[0].item()
         raise ValueError(
-            f"the dynamics of a trajectory must be non-negative and not all zero, row {row} is {curve[row].tolist()}"
+            f"the dynamics of a trajectory must be non-negative and not all zero, row {row} is "
+            f"{curve[row].tolist()}"
         )
     present = chunk_mask(chunk_ids).to(mass)
     return (1 - uniform_share) * mass / mass.sum(
@@ -523,66 +568,63 @@ def select_chunks(
     fraction: float,  # share of each row's chunks to train, in (0, 1]
     generator: torch.Generator | Sequence[torch.Generator],  # one for all rows, or one per row
     batch_size: int | None = None,  # rows, where chunk_ids is (steps,) and weights is None
-    only: Sequence[int]
-    | None = None,  # draw from these chunks alone (ablations); the fraction is then of them
+    only: Sequence[int] | None = None,  # draw from these chunks alone; the fraction is of them
 ) -> Tensor:  # bool (b, K)
-    "Draw `max(1, floor(fraction * K_i))` chunks of every row without replacement, in proportion to the weights, never padding."
+    """Draw `max(1, floor(fraction * K_i))` chunks of every row, never padding.
+
+    Without replacement, and in proportion to the weights.
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
     allowed = _allowed_chunks(weights, chunk_ids, batch_size, only).cpu()
-    weights = (
-        torch.ones(allowed.shape, dtype=torch.float64)
-        if weights is None
-        else weights.detach().double().cpu()
-    )
-    generators = (
-        [generator] * len(allowed) if isinstance(generator, torch.Generator) else list(generator)
-    )
+    if weights is None:
+        weights = torch.ones(allowed.shape)
+    weights = weights.detach().double().cpu()
+    shared = isinstance(generator, torch.Generator)
+    generators = [generator] * len(allowed) if shared else list(generator)
     if len(generators) != len(allowed):
         raise ValueError(
             f"one generator, or one per row: got {len(generators)} for {len(allowed)} rows"
         )
     selected = torch.zeros_like(allowed)
-    for row, (columns, source) in enumerate(zip(allowed, generators)):
-        columns = columns.nonzero()[:, 0]
+    for row, source in enumerate(generators):
+        columns = allowed[row].nonzero()[:, 0]
+        odds = weights[row, columns]
         count = max(1, int(fraction * len(columns) + 1e-6))
-        if (weights[row, columns] > 0).sum() < count:
+        if (odds > 0).sum() < count:
             raise ValueError(
-                f"row {row} has to draw {count} chunks, but its weights are {weights[row, columns].tolist()}"
+                f"row {row} has to draw {count} chunks, but its weights are {odds.tolist()}"
             )
-        clocks = (
-            torch.empty(len(columns), dtype=torch.float64, device=source.device)
-            .exponential_(generator=source)
-            .cpu()
-        )
-        selected[row, columns[(clocks / weights[row, columns]).argsort()[:count]]] = (
-            True  # the first clocks to ring
-        )
+        clocks = torch.empty(len(columns), dtype=torch.float64, device=source.device)
+        clocks = clocks.exponential_(generator=source).cpu() / odds
+        first_to_ring = clocks.argsort()[:count]
+        selected[row, columns[first_to_ring]] = True
     return selected.to(chunk_ids.device)
 
 # %% ../nbs/maths/04_chunking.ipynb #94d1f274
 def _allowed_chunks(
     weights: Tensor | None, chunk_ids: Tensor, batch_size: int | None, only: Sequence[int] | None
 ) -> Tensor:
-    "bool (b, K): the chunks that may be drawn."
+    """bool (b, K): the chunks that may be drawn."""
     allowed = chunk_mask(chunk_ids)
     rows = len(weights) if weights is not None else batch_size or len(allowed)
     if rows != len(allowed) and chunk_ids.ndim == 2 or batch_size not in (None, rows):
+        shape = None if weights is None else tuple(weights.shape)
         raise ValueError(
-            f"batch sizes disagree: chunk_ids has shape {tuple(chunk_ids.shape)}, weights {None if weights is None else tuple(weights.shape)}, batch_size is {batch_size}"
+            f"batch sizes disagree: chunk_ids has shape {tuple(chunk_ids.shape)}, "
+            f"weights {shape}, batch_size is {batch_size}"
         )
     allowed = allowed.expand(rows, -1)
-    if weights is not None and (
-        weights.shape != allowed.shape or not torch.isfinite(weights).all() or (weights < 0).any()
-    ):
-        raise ValueError(
-            f"weights must be finite, non-negative and of shape {tuple(allowed.shape)}, got {_describe(weights)}"
-        )
+    if weights is not None:
+        fits = weights.shape == allowed.shape
+        if not fits or not torch.isfinite(weights).all() or (weights < 0).any():
+            raise ValueError(
+                f"weights must be finite, non-negative and of shape {tuple(allowed.shape)}, got "
+                f"{_describe(weights)}"
+            )
     if only is not None:
-        allowed = allowed & torch.isin(
-            torch.arange(allowed.shape[1], device=allowed.device),
-            torch.tensor(list(only), device=allowed.device),
-        )
+        columns = torch.arange(allowed.shape[1], device=allowed.device)
+        allowed = allowed & torch.isin(columns, torch.tensor(list(only), device=allowed.device))
         if not allowed.any(1).all():
             row = (~allowed.any(1)).nonzero()[0].item()
             raise ValueError(f"row {row} has none of the chunks {list(only)}")

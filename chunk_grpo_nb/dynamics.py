@@ -21,7 +21,11 @@ METRICS: dict[str, Metric] = {}  # name -> metric; `register_metric` adds to it
 def register_metric(
     name: str,  # what `relative_distance(metric=...)` will know it by
 ) -> Callable[[Metric], Metric]:
-    "Decorator that adds a metric: a function of the states before and after a step, `(..., d)` each, to one number per step, `(...)`."
+    """Decorator that adds a metric.
+
+    A function of the states before and after a step, `(..., d)` each, to one number per step,
+    `(...)`.
+    """
 
     def add(metric: Metric) -> Metric:
         METRICS[name] = metric
@@ -32,13 +36,13 @@ def register_metric(
 # %% ../nbs/maths/03_dynamics.ipynb #93a65132
 @register_metric("l1")
 def l1_relative(before: Tensor, after: Tensor) -> Tensor:
-    "Sum of absolute changes over the sum of absolute values before the step (eq. 16)."
+    """Sum of absolute changes over the sum of absolute values before the step (eq. 16)."""
     return (before - after).abs().sum(-1) / before.abs().sum(-1)
 
 # %% ../nbs/maths/03_dynamics.ipynb #c878bfa8
 @register_metric("l2")
 def l2_relative(before: Tensor, after: Tensor) -> Tensor:
-    "Euclidean length of the change over the length of the state before the step."
+    """Euclidean length of the change over the length of the state before the step."""
     return torch.linalg.vector_norm(before - after, dim=-1) / torch.linalg.vector_norm(
         before, dim=-1
     )
@@ -46,7 +50,7 @@ def l2_relative(before: Tensor, after: Tensor) -> Tensor:
 # %% ../nbs/maths/03_dynamics.ipynb #50dcf393
 @register_metric("cosine")
 def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
-    "One minus the cosine of the angle between the states before and after the step."
+    """One minus the cosine of the angle between the states before and after the step."""
     unit_before, unit_after = (
         state / torch.linalg.vector_norm(state, dim=-1, keepdim=True) for state in (before, after)
     )
@@ -57,14 +61,19 @@ def relative_distance(
     trajectory: Tensor,  # (b, n + 1, ...) states along sampling, noisiest first
     metric: str = "l1",  # a registered metric: "l1", "l2" or "cosine" (1 - similarity)
 ) -> Tensor:  # (b, n) float32 (float64 kept)
-    "How far each sampling step moves the latents, relative to where it starts (eq. 16). For chunking pass `trajectory[:, :-1]`."
+    """How far each sampling step moves the latents, relative to where it starts (eq. 16).
+
+    For chunking pass `trajectory[:, :-1]`.
+    """
     if metric not in METRICS:
         raise ValueError(
-            f"metric={metric!r} is unknown: choose one of {', '.join(map(repr, METRICS))}, or add one with register_metric"
+            f"metric={metric!r} is unknown: choose one of {', '.join(map(repr, METRICS))}, or add "
+            "one with register_metric"
         )
     if trajectory.ndim < 2 or trajectory.shape[1] < 2:
         raise ValueError(
-            f"trajectory has shape {tuple(trajectory.shape)}: give (b, n + 1, ...), at least two states per trajectory"
+            f"trajectory has shape {tuple(trajectory.shape)}: give (b, n + 1, ...), at least two "
+            "states per trajectory"
         )
     states = trajectory if trajectory.dtype == torch.float64 else trajectory.float()
     states = states.reshape(*states.shape[:2], -1)
@@ -72,14 +81,18 @@ def relative_distance(
     if not (usable := curves.isfinite()).all():
         row, step = (~usable).nonzero()[0].tolist()
         raise ValueError(
-            f"trajectory {row} has no {metric} distance at step {step}: a state there is not finite, or entirely 0"
+            f"trajectory {row} has no {metric} distance at step {step}: a state there is not "
+            "finite, or entirely 0"
         )
     return curves
 
 # %% ../nbs/maths/03_dynamics.ipynb #8bea136c
 @dataclass(frozen=True, eq=False)
 class DynamicsSummary:
-    "What a set of dynamics curves has in common, and how much of their variance is owed to the step and to the prompt."
+    """What a set of dynamics curves has in common.
+
+    Two shares say how much of their variance is owed to the step, and to the prompt.
+    """
 
     mean: Tensor  # (steps,) mean curve, float64
     std: Tensor  # (steps,) standard deviation over curves, float64
@@ -96,7 +109,10 @@ class DynamicsSummary:
 def _shares(
     counts: Tensor, sizes: Tensor, sums: Tensor, squares: Tensor, inflate: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    "Step and prompt share, (r,) each, where prompt p appears counts[r, p] times; `inflate` scales the sum of squares between prompts."
+    """Step and prompt share, (r,) each, where prompt p appears counts[r, p] times.
+
+    `inflate` scales the sum of squares between prompts.
+    """
     n, totals = counts @ sizes, counts @ sums
     raw = counts @ squares.sum(1)
     by_step = (totals.square() / n[:, None]).sum(1)
@@ -108,10 +124,11 @@ def _shares(
 
 # %% ../nbs/maths/03_dynamics.ipynb #7519d826
 def _check_curves(curves: Tensor) -> None:
-    "Refuse curves that are not `(n >= 2, steps >= 2)`, not finite, or all one constant."
+    """Refuse curves that are not `(n >= 2, steps >= 2)`, not finite, or all one constant."""
     if curves.ndim != 2 or min(curves.shape) < 2:
         raise ValueError(
-            f"curves has shape {tuple(curves.shape)}: give (n, steps), at least two curves of at least two steps"
+            f"curves has shape {tuple(curves.shape)}: give (n, steps), at least two curves of at "
+            "least two steps"
         )
     if not curves.isfinite().all():
         row, step = (~curves.isfinite()).nonzero()[0].tolist()
@@ -120,25 +137,39 @@ def _check_curves(curves: Tensor) -> None:
         )
     if (curves == curves[0, 0]).all():
         raise ValueError(
-            f"every value of every curve is {curves[0, 0].item():g}: there is no variance to explain"
+            f"every value of every curve is {curves[0, 0].item():g}: there is no variance to "
+            "explain"
         )
 
 # %% ../nbs/maths/03_dynamics.ipynb #0aac3dc3
-def _members(num_curves: int, group_ids: Tensor | None) -> Tensor:
-    "Membership (groups, n) of curves in prompts, float64; without prompts every curve is a group of its own."
+def _membership(num_curves: int, group_ids: Tensor | None) -> Tensor:
+    """Membership (groups, n) of curves in prompts, float64.
+
+    Without prompts every curve is a group of its own.
+    """
     if group_ids is None:
         return torch.eye(num_curves, dtype=torch.float64)
     group_ids = torch.as_tensor(group_ids).cpu()
     if group_ids.shape != (num_curves,):
         raise ValueError(
-            f"group_ids has shape {tuple(group_ids.shape)}: give one prompt id per curve, ({num_curves},)"
+            f"group_ids has shape {tuple(group_ids.shape)}: give one prompt id per curve, "
+            f"({num_curves},)"
         )
     ids = group_ids.unique()
     if not 2 <= len(ids) < num_curves:
         raise ValueError(
-            f"{len(ids)} prompt(s) for {num_curves} curves: to tell prompts from chance takes two prompts, one of them with several curves"
+            f"{len(ids)} prompt(s) for {num_curves} curves: to tell prompts from chance takes two "
+            "prompts, one of them with several curves"
         )
     return (group_ids == ids[:, None]).double()
+
+# %% ../nbs/maths/03_dynamics.ipynb #becce96e
+def _resample_counts(groups: int, num_resamples: int, seed: int) -> Tensor:
+    """How often each group is drawn in each bootstrap resample, (num_resamples, groups) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(groups, (num_resamples, groups), generator=generator)
+    ones = torch.ones(num_resamples, groups, dtype=torch.float64)
+    return torch.zeros_like(ones).scatter_add_(1, picks, ones)
 
 # %% ../nbs/maths/03_dynamics.ipynb #1670ea4f
 def dynamics_summary(
@@ -146,35 +177,41 @@ def dynamics_summary(
     group_ids: Tensor | None = None,  # (n,) which prompt each trajectory belongs to
     *,
     confidence: float = 0.95,  # of the bootstrap intervals
-    num_resamples: int = 1000,  # bootstrap resamples: of whole prompts where given, else of trajectories
+    num_resamples: int = 1000,  # bootstrap resamples: of whole prompts, or else of trajectories
     seed: int = 0,  # of the bootstrap
 ) -> DynamicsSummary:
-    "Mean curve, spread, and the shares of variance owed to the step and to the prompt, with percentile-bootstrap intervals."
+    """Mean curve, spread, and the shares of variance owed to the step and to the prompt.
+
+    The shares have percentile-bootstrap intervals.
+    """
     _check_curves(curves)
     if not 0 < confidence < 1 or num_resamples < 1:
         raise ValueError(
-            f"confidence={confidence!r}, num_resamples={num_resamples!r}: need a confidence between 0 and 1 and at least one resample"
+            f"confidence={confidence!r}, num_resamples={num_resamples!r}: need a confidence "
+            "between 0 and 1 and at least one resample"
         )
     y = curves.detach().cpu().double()
-    members, centred = _members(len(y), group_ids), y - y.mean()
-    stats = members.sum(1), members @ centred, members @ centred.square()
-    once = torch.ones(1, len(members), dtype=torch.float64)
-    picks = torch.randint(
-        len(members), (num_resamples, len(members)), generator=torch.Generator().manual_seed(seed)
-    )
-    counts = torch.zeros(num_resamples, len(members), dtype=torch.float64).scatter_add_(
-        1, picks, once.expand(num_resamples, -1)
-    )
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    centred = y - y.mean()
+    membership = _membership(len(y), group_ids)
+    stats = membership.sum(1), membership @ centred, membership @ centred.square()
+    groups = len(membership)
+    once = torch.ones(1, groups, dtype=torch.float64)
     step, group = (share.item() for share in _shares(once, *stats))
-    inflate = len(members) / (
-        len(members) - 1
-    )  # prompts drawn with replacement vary less than new ones, by this factor
+
+    counts = _resample_counts(groups, num_resamples, seed)
+    inflate = groups / (groups - 1)  # drawn with replacement, prompts vary less by this factor
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     step_interval, group_interval = (
         tuple(share.nanquantile(tails).tolist()) for share in _shares(counts, *stats, inflate)
     )
-    if group_ids is None:
-        return DynamicsSummary(y.mean(0), y.std(0), step, step_interval, None, None, len(y), None)
+    with_groups = group_ids is not None
     return DynamicsSummary(
-        y.mean(0), y.std(0), step, step_interval, group, group_interval, len(y), len(members)
+        mean=y.mean(0),
+        std=y.std(0),
+        step_share=step,
+        step_interval=step_interval,
+        group_share=group if with_groups else None,
+        group_interval=group_interval if with_groups else None,
+        num_curves=len(y),
+        num_groups=groups if with_groups else None,
     )

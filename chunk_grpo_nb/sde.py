@@ -10,75 +10,88 @@ __all__ = ['SdeKind', 'SDE_KINDS', 'Transition', 'register_sde', 'flow_sde', 'da
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from .schedules import snap_sigmas
+
 # %% ../nbs/maths/02_sde.ipynb #c6175427
 def _few(values: Tensor) -> str:
-    "The first five values in short form, for error messages."
+    """The first five values in short form, for error messages."""
     values = values.flatten().tolist()
     return ", ".join(f"{value:g}" for value in values[:5]) + (
         f" and {len(values) - 5} more" if len(values) > 5 else ""
     )
 
+# %% ../nbs/maths/02_sde.ipynb #fde7a267
+def _check_shape(name: str, value: Tensor, mean: Tensor) -> None:
+    """Refuse a tensor that is not shaped as the latents."""
+    if value.shape != mean.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, the latents have {tuple(mean.shape)}: they "
+            "must agree, one value per latent value"
+        )
+
+
+def _check_noise(std: Tensor) -> None:
+    """Refuse a step without noise, by sample, where a density is asked for."""
+    silent = std <= 0
+    if silent.any():
+        where = f"for sample {_few(silent.flatten().nonzero())}" if std.ndim else "for every sample"
+        raise ValueError(
+            f"std is 0 {where}: a step without noise has no density; leave out kind='ode', "
+            "noise_level=0 and the step into sigma 0"
+        )
+
 # %% ../nbs/maths/02_sde.ipynb #b317a572
 @dataclass(frozen=True, eq=False)
 class Transition:
-    "One sampling step as the Gaussian `N(mean, std**2)` over the next latents, with the clean image predicted on the way."
+    """One sampling step as the Gaussian `N(mean, std**2)` over the next latents.
+
+    With it goes the clean image that the model predicts on the way.
+    """
 
     mean: Tensor  # (b, ...) centre of the next latents
     std: Tensor  # () or (b, 1, ...): one standard deviation for all latent dimensions of a sample
-    pred_original: (
-        Tensor  # (b, ...) the model's estimate of the clean latents, x - sigma * velocity
-    )
+    pred_original: Tensor  # (b, ...) estimate of the clean latents, x - sigma * velocity
 
     def sample(
         self,
-        noise: Tensor
-        | torch.Generator
-        | None = None,  # standard normal, shaped as `mean`; or a generator to draw it from
+        noise: Tensor | torch.Generator | None = None,  # shaped as `mean`; or what draws it
         generator: torch.Generator | None = None,  # the generator, by keyword
     ) -> Tensor:  # (b, ...) next latents
-        "Draw the next latents: `mean + std * noise`. A generator on the CPU gives the same draws on every device."
+        """Draw the next latents, `mean + std * noise`, with standard normal noise.
+
+        A generator on the CPU gives the same draws on every device. Without any source, a
+        transition of std 0 returns its mean and another is refused.
+        """
         source = generator if noise is None else noise
+        mean = self.mean
         if source is None:
             if (self.std != 0).any():
                 raise ValueError(
-                    "sample() of a transition with std > 0 needs `noise` or a `generator`, so that a run can be repeated"
+                    "sample() of a transition with std > 0 needs `noise` or a `generator`, so "
+                    "that a run can be repeated"
                 )
-            return self.mean
+            return mean
         if isinstance(source, torch.Generator):
             source = torch.randn(
-                self.mean.shape, generator=source, device=source.device, dtype=self.mean.dtype
+                mean.shape, generator=source, device=source.device, dtype=mean.dtype
             )
-        if source.shape != self.mean.shape:
-            raise ValueError(
-                f"noise has shape {tuple(source.shape)}, the latents have {tuple(self.mean.shape)}: give one draw per latent value"
-            )
-        return self.mean + self.std * source.to(self.mean)
+        _check_shape("noise", source, mean)
+        return mean + self.std * source.to(mean)
 
     def log_prob(
         self,
         next_latents: Tensor,  # (b, ...) where the step went
     ) -> Tensor:  # (b,)
-        "Log-density of `next_latents`, averaged over latent dimensions. Refused where std is 0."
-        if next_latents.shape != self.mean.shape:
-            raise ValueError(
-                f"next_latents has shape {tuple(next_latents.shape)}, the transition has {tuple(self.mean.shape)}: they must agree"
-            )
-        if (self.std <= 0).any():
-            where = (
-                f"for sample {_few((self.std <= 0).flatten().nonzero())}"
-                if self.std.ndim
-                else "for every sample"
-            )
-            raise ValueError(
-                f"std is 0 {where}: a step without noise has no density; leave out kind='ode', noise_level=0 and the step into sigma 0"
-            )
-        z = (
-            next_latents.to(torch.promote_types(next_latents.dtype, self.mean.dtype)) - self.mean
-        ) / self.std
+        """Log-density of `next_latents`, averaged over latent dimensions; refused at std 0."""
+        _check_shape("next_latents", next_latents, self.mean)
+        _check_noise(self.std)
+        dtype = torch.promote_types(next_latents.dtype, self.mean.dtype)
+        z = (next_latents.to(dtype) - self.mean) / self.std
         log_density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
         return log_density.reshape(len(log_density), -1).mean(1)
 
@@ -92,7 +105,10 @@ SDE_KINDS: dict[str, SdeKind] = {}  # name -> kind; `register_sde` adds to it
 def register_sde(
     name: str,  # what `sde_step(kind=...)` will know it by
 ) -> Callable[[SdeKind], SdeKind]:
-    "Decorator that adds an SDE kind: a function `(sigma, sigma_next, noise_level) -> (removed, std)`, both 0 at noise level 0."
+    """Decorator that adds an SDE kind.
+
+    A function `(sigma, sigma_next, noise_level) -> (removed, std)`, both 0 at noise level 0.
+    """
 
     def add(kind: SdeKind) -> SdeKind:
         SDE_KINDS[name] = kind
@@ -102,7 +118,7 @@ def register_sde(
 
 # %% ../nbs/maths/02_sde.ipynb #067baf1c
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    "`numerator / denominator`, and 0 where the denominator is 0 (a step of no length)."
+    """`numerator / denominator`, and 0 where the denominator is 0 (a step of no length)."""
     return torch.where(
         denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator)
     )
@@ -110,7 +126,10 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 # %% ../nbs/maths/02_sde.ipynb #aca0c916
 @register_sde("flow")
 def flow_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> tuple[Tensor, Tensor]:
-    "Flow-GRPO: diffusion `noise_level * sqrt(sigma / (1 - sigma))`; where sigma = 1, sigma_next stands in for it under the root."
+    """Flow-GRPO: diffusion `noise_level * sqrt(sigma / (1 - sigma))`.
+
+    Where sigma = 1, sigma_next stands in for it under the root.
+    """
     stand_in = torch.where(sigma == 1, sigma_next, sigma)
     rate = _divide(noise_level.square() * (sigma - sigma_next), 1 - stand_in)
     return rate / 2, (rate * sigma).sqrt()
@@ -118,17 +137,21 @@ def flow_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> tuple[Te
 # %% ../nbs/maths/02_sde.ipynb #1444230d
 @register_sde("dance")
 def dance_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> tuple[Tensor, Tensor]:
-    "Dance-GRPO: the constant diffusion `noise_level`."
+    """Dance-GRPO: the constant diffusion `noise_level`."""
     variance = noise_level.square() * (sigma - sigma_next)
     return _divide(variance, 2 * sigma), variance.sqrt()
 
 # %% ../nbs/maths/02_sde.ipynb #57229f95
 @register_sde("cps")
 def cps_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> tuple[Tensor, Tensor]:
-    "Coefficients-preserving sampling (arXiv 2509.05952): swap a part of the predicted noise for fresh noise of the same size."
+    """Coefficients-preserving sampling (arXiv 2509.05952).
+
+    Swap a part of the predicted noise for fresh noise of the same size.
+    """
     if (noise_level > 1).any():
         raise ValueError(
-            f"noise_level={noise_level.max():g} with kind='cps': it counts quarter turns, from 0 (ODE) to 1 (all noise is fresh)"
+            f"noise_level={noise_level.max():g} with kind='cps': it counts quarter turns, from 0 "
+            "(ODE) to 1 (all noise is fresh)"
         )
     angle = noise_level * (math.pi / 2)
     return sigma_next * (1 - angle.cos()), sigma_next * angle.sin()
@@ -136,17 +159,21 @@ def cps_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> tuple[Ten
 # %% ../nbs/maths/02_sde.ipynb #4e271baa
 @register_sde("ode")
 def ode_kind(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> tuple[Tensor, Tensor]:
-    "No noise: the plain Euler step of the flow."
+    """No noise: the plain Euler step of the flow."""
     zero = torch.zeros_like(sigma * sigma_next * noise_level)
     return zero, zero
 
 # %% ../nbs/maths/02_sde.ipynb #51957e31
 def _per_sample(value: float | Tensor, name: str, latents: Tensor) -> Tensor:
-    "A scalar, or (b,) reshaped to (b, 1, ...), in the dtype and on the device of `latents`; refuses other shapes and non-finite values."
+    """A scalar, or (b,) reshaped to (b, 1, ...), in the dtype and on the device of `latents`.
+
+    Refuses other shapes and non-finite values.
+    """
     value = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
     if value.ndim > 1 or (value.ndim == 1 and len(value) != len(latents)):
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}: give one number, or one per sample ({len(latents)},)"
+            f"{name} has shape {tuple(value.shape)}: give one number, or one per sample "
+            f"({len(latents)},)"
         )
     if not value.isfinite().all():
         raise ValueError(f"{name}={_few(value)}: must be finite")
@@ -154,15 +181,16 @@ def _per_sample(value: float | Tensor, name: str, latents: Tensor) -> Tensor:
 
 # %% ../nbs/maths/02_sde.ipynb #2fc5a571
 def _check_levels(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor) -> None:
-    "Refuse noise levels outside [0, 1], steps that go back towards noise, and a negative noise_level."
+    """Refuse levels outside [0, 1], steps back towards noise, and a negative noise_level."""
     for name, value in (("sigma", sigma), ("sigma_next", sigma_next)):
-        if (value < 0).any() or (value > 1).any():
+        if (value < 0).any() or (value > 1).any():  # up to rounding, see `snap_sigmas`
             raise ValueError(
                 f"{name}={_few(value)}: must lie in [0, 1] (a timestep is 1000 * sigma: divide it)"
             )
     if (sigma_next > sigma).any():
         raise ValueError(
-            f"sigma_next={_few(sigma_next)} above sigma={_few(sigma)}: sampling goes from noise (1) to image (0)"
+            f"sigma_next={_few(sigma_next)} above sigma={_few(sigma)}: sampling goes from noise "
+            "(1) to image (0)"
         )
     if (noise_level < 0).any():
         raise ValueError(f"noise_level={_few(noise_level)}: must be 0 (ODE) or more")
@@ -177,42 +205,55 @@ def sde_step(
     | Tensor = 0.7,  # strength of the noise, one number or (b,); 0 is the ODE for every kind
     kind: str = "flow",  # a registered kind: "flow", "dance", "cps" or "ode"
 ) -> Transition:  # float32, or float64 where velocity or latents are
-    "One sampling step as a Gaussian transition (the paper's eq. 7 for kind 'flow'). A step into sigma 0 is an ODE step for every kind."
+    """One sampling step as a Gaussian transition (the paper's eq. 7 for kind 'flow').
+
+    A step into sigma 0 is an ODE step for every kind. Levels within a few float32 roundings of
+    1 or 0 act as 1 or 0 (`snap_sigmas`); levels outside [0, 1] are refused.
+    """
     if kind not in SDE_KINDS:
         raise ValueError(
-            f"kind={kind!r} is unknown: choose one of {', '.join(map(repr, SDE_KINDS))}, or add one with register_sde"
+            f"kind={kind!r} is unknown: choose one of {', '.join(map(repr, SDE_KINDS))}, or add "
+            "one with register_sde"
         )
     if velocity.shape != latents.shape or latents.ndim == 0:
         raise ValueError(
-            f"velocity has shape {tuple(velocity.shape)}, latents have {tuple(latents.shape)}: both must be the same (b, ...)"
+            f"velocity has shape {tuple(velocity.shape)}, latents have {tuple(latents.shape)}: "
+            "both must be the same (b, ...)"
         )
     dtype = torch.float64 if torch.float64 in (velocity.dtype, latents.dtype) else torch.float32
     v, x = velocity.to(dtype), latents.to(dtype)
-    a, b = _per_sample(sigma, "sigma", x), _per_sample(sigma_next, "sigma_next", x)
+    start = _per_sample(sigma, "sigma", x)
+    end = _per_sample(sigma_next, "sigma_next", x)
     eta = _per_sample(noise_level, "noise_level", x)
+    a, b = snap_sigmas(start), snap_sigmas(end)
     _check_levels(a, b, eta)
     removed, std = SDE_KINDS[kind](a, b, torch.where(b > 0, eta, 0.0))
-    return Transition(
-        mean=x + v * (b - a) - removed * (x + (1 - a) * v), std=std, pred_original=x - a * v
-    )
+    ode_step = x + v * (end - start)  # the scheduler's own levels: equal to it, bit for bit
+    return Transition(mean=ode_step - removed * (x + (1 - a) * v), std=std, pred_original=x - a * v)
 
 # %% ../nbs/maths/02_sde.ipynb #52547795
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
-    "Data whose flow is known in closed form: equal parts of `N(means[k], std**2)`. A stand-in for a model in demonstrations and tests."
+    """Data whose flow is known in closed form: equal parts of `N(means[k], std**2)`.
+
+    A stand-in for a model in demonstrations and tests.
+    """
 
     means: Tensor  # (components, d) centres
     std: float  # standard deviation of every component, above 0
 
     def velocity(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
-        "The exact velocity `E[noise - data | latents]` at noise level `sigma` (a scalar): (b, d) -> (b, d)."
+        """The exact velocity `E[noise - data | latents]` at noise level `sigma` (a scalar).
+
+        (b, d) -> (b, d).
+        """
         signal, spread = 1 - sigma, (1 - sigma) ** 2 * self.std**2 + sigma**2
         share = (-(torch.cdist(latents, signal * self.means) ** 2) / (2 * spread)).softmax(1)
         centre = share @ self.means
         return (sigma - signal * self.std**2) / spread * (latents - signal * centre) - centre
 
     def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        "Exact draws from the data: (num_samples, d)."
+        """Exact draws from the data: (num_samples, d)."""
         which = torch.randint(len(self.means), (num_samples,), generator=generator)
         noise = torch.randn(
             num_samples, self.means.shape[1], generator=generator, dtype=self.means.dtype
@@ -228,12 +269,10 @@ def sample_trajectory(
     kind: str = "flow",  # a registered SDE kind
     generator: torch.Generator | None = None,  # of the noise; not needed for "ode"
 ) -> Tensor:  # (b, steps + 1, ...) every state, noisiest first
-    "Sample along `sigmas` with `sde_step` and return the trajectory."
+    """Sample along `sigmas` with `sde_step` and return the trajectory."""
     states = [latents]
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
-        states.append(
-            sde_step(
-                velocity(states[-1], sigma), states[-1], sigma, sigma_next, noise_level, kind
-            ).sample(generator=generator)
-        )
+    for sigma, sigma_next in pairwise(sigmas):
+        here = states[-1]
+        step = sde_step(velocity(here, sigma), here, sigma, sigma_next, noise_level, kind)
+        states.append(step.sample(generator=generator))
     return torch.stack(states, 1)

@@ -463,3 +463,14 @@ def test_select_specific_chunks_only():
 def test_bad_draws_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("spec", [None, ["step"], 4, "", "uniform:²", "fixed:2,٣", "uniform:1e3"])
+def test_odd_specs_are_refused_in_words(spec):
+    with pytest.raises(ValueError, match="chunker"):
+        make_chunker(spec)
+
+
+def test_empty_curves_are_refused():
+    with pytest.raises(ValueError, match="curve"):
+        adaptive_chunks(torch.zeros(0))

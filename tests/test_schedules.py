@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunk_grpo_nb.schedules import shift_sigmas, sigma_schedule
+from chunk_grpo_nb.schedules import shift_sigmas, sigma_schedule, snap_sigmas
 
 
 @settings(max_examples=50, deadline=None)
@@ -50,3 +50,29 @@ def test_bad_step_counts_are_named(num_steps):
 def test_bad_shifts_are_named(shift):
     with pytest.raises(ValueError, match="shift="):
         sigma_schedule(17, shift)
+
+
+TWO_DIGIT_SHIFTS = [i / 100 for i in range(1, 1297)]
+
+
+def test_ends_stay_exact_at_every_shift_and_precision():
+    for shift in TWO_DIGIT_SHIFTS:
+        for dtype in (torch.float32, torch.float64):
+            ends = shift_sigmas(torch.tensor([1.0, 0.0], dtype=dtype), shift)
+            assert ends.tolist() == [1, 0], shift
+        sigmas = sigma_schedule(17, shift, dtype=torch.float64)
+        assert sigmas[0] == 1 and sigmas[-1] == 0
+
+
+def test_snapping_moves_rounding_only():
+    eps = torch.finfo(torch.float32).eps
+    near = torch.tensor([1 + 4 * eps, 1 - 4 * eps, 4 * eps, -4 * eps])
+    assert snap_sigmas(near).tolist() == [1, 1, 0, 0]
+    away = torch.tensor([0.99999, 1.00001, 1e-5, -1e-5, 0.5])
+    assert torch.equal(snap_sigmas(away), away)
+
+
+@pytest.mark.parametrize("num_steps", [1e18, None, "17", [17], float("nan")])
+def test_absurd_step_counts_are_named(num_steps):
+    with pytest.raises(ValueError, match="num_steps="):
+        sigma_schedule(num_steps)

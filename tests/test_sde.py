@@ -73,7 +73,7 @@ def test_matches_the_printed_formulas_anywhere(a, part, eta, kind):
     assert float(step.std) == pytest.approx(std, rel=1e-9, abs=1e-12)
 
 
-# Trap 2: precision
+# Precision
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +109,7 @@ def test_rounding_stored_latents_to_bfloat16_breaks_the_log_prob(gen):
     ).abs().max() > 5e-6  # a tenth of the clip range
 
 
-# Trap 3: singular ends
+# Singular ends
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +144,7 @@ def test_log_prob_names_the_samples_without_noise(pair):
         step.log_prob(pair[1])
 
 
-# Trap 7: noise level 0 is the pipeline's own ODE
+# Noise level 0 is the pipeline's own ODE
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -334,3 +334,47 @@ def test_bad_input_is_named(pair, change, message):
     sde_step(**good)
     with pytest.raises(ValueError, match=message):
         sde_step(**{**good, **change})
+
+
+# Levels within rounding of 1 or 0
+
+
+def stock_sigmas(shift, num_steps=17):
+    """The levels of diffusers' scheduler, as FLUX's pipeline asks for them."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)])
+    return scheduler.sigmas
+
+
+def test_every_two_digit_shift_of_the_stock_scheduler_starts_like_an_exact_one():
+    x, v = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
+    inexact = 0
+    for shift in (i / 100 for i in range(1, 1297)):
+        sigmas = stock_sigmas(shift)
+        inexact += bool(sigmas[0] != 1)
+        for kind in NOISY:
+            first = sde_step(v, x, sigmas[0], sigmas[1], 0.7, kind)
+            exact = sde_step(v, x, 1.0, sigmas[1], 0.7, kind)
+            assert torch.equal(first.std, exact.std), (shift, kind)
+            torch.testing.assert_close(first.mean, exact.mean)
+        steps = sde_step(v.expand(16, 8), x.expand(16, 8), sigmas[:-2], sigmas[1:-1], 0.7, "flow")
+        assert steps.std.max() < 1.5, shift
+    assert inexact > 10  # else the test shows nothing
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_a_level_that_is_almost_zero_acts_as_zero(pair, kind):
+    velocity, x = pair
+    last = sde_step(velocity, x, 0.1, 3e-7, 0.7, kind)
+    assert last.std == 0
+    nowhere = sde_step(velocity, x, 4e-7, -1e-7, 0.7, kind)
+    assert nowhere.std == 0 and nowhere.mean.isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [1.00001, -0.00001, 1000.0])
+def test_levels_clearly_outside_are_still_refused(pair, sigma):
+    velocity, x = pair
+    with pytest.raises(ValueError, match="must lie in"):
+        sde_step(velocity, x, sigma, min(sigma, 0.5))

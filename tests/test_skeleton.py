@@ -14,7 +14,7 @@ import chunk_grpo_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "chunk_grpo_nb"
-MATHS = ("schedules", "sde", "dynamics", "chunking", "advantages", "objective")
+MATHS = ("schedules", "sde", "dynamics", "chunking", "advantages", "objective", "trust_regions")
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "torchvision", "datasets")
 ROOMS = (
     "",

@@ -22,7 +22,7 @@ def plain(
     branches: list[Tensor],  # one output, (n, ...)
     guidance: float,  # not used: the scale went into the call itself
 ) -> Tensor:  # (n, ...) velocity
-    "Velocity of a guidance-distilled model: the output itself."
+    """Velocity of a guidance-distilled model: the output itself."""
     (only,) = branches
     return only
 
@@ -32,22 +32,28 @@ def guided(
     uncond: Tensor,  # (n, ...) output without it
     guidance: float,  # g; 1 gives `cond`
 ) -> Tensor:
-    "Classifier-free guidance `u + g (c - u)`; gradients flow through both branches."
+    """Classifier-free guidance `u + g (c - u)`; gradients flow through both branches."""
     return uncond + guidance * (cond - uncond)
 
 
 def uncond_first(branches: list[Tensor], guidance: float) -> Tensor:
-    "Guidance over branches in the order `[uncond, cond]` (SD3, Sana); one branch is returned as it is."
+    """Guidance over branches in the order `[uncond, cond]` (SD3, Sana).
+
+    One branch is returned as it is.
+    """
     return branches[0] if len(branches) == 1 else guided(branches[1], branches[0], guidance)
 
 
 def cond_first(branches: list[Tensor], guidance: float) -> Tensor:
-    "Guidance over branches in the order `[cond, uncond]` (FLUX.2 klein); one branch is returned as it is."
+    """Guidance over branches in the order `[cond, uncond]` (FLUX.2 klein).
+
+    One branch is returned as it is.
+    """
     return branches[0] if len(branches) == 1 else guided(branches[0], branches[1], guidance)
 
 # %% ../../nbs/models/01_families.ipynb #794bfd62
 def rescaled(branches: list[Tensor], guidance: float) -> Tensor:
-    "Guidance over `[cond, uncond]`, then the norm of `cond` restored along the last dimension (Qwen-Image)."
+    """Guidance over `[cond, uncond]`, then the norm of `cond` restored along the last dimension (Qwen-Image)."""
     if len(branches) == 1:
         return branches[0]
     mixed = guided(branches[0], branches[1], guidance)
@@ -57,19 +63,19 @@ def rescaled(branches: list[Tensor], guidance: float) -> Tensor:
 
 
 def rescaled_negated(branches: list[Tensor], guidance: float) -> Tensor:
-    "As `rescaled`, with the sign turned (Lumina 2: its time runs from noise to image)."
+    """As `rescaled`, with the sign turned (Lumina 2: its time runs from noise to image)."""
     return -rescaled(branches, guidance)
 
 
 def extrapolated_negated(branches: list[Tensor], guidance: float) -> Tensor:
-    "Z-Image: `-(c + g (c - u))` over `[cond, uncond]` in float32, frame dimension dropped."
+    """Z-Image: `-(c + g (c - u))` over `[cond, uncond]` in float32, frame dimension dropped."""
     cond, *rest = [b.float() for b in branches]
     mixed = cond + guidance * (cond - rest[0]) if rest else cond
     return -mixed.squeeze(2)
 
 
 def uncond_first_float(branches: list[Tensor], guidance: float) -> Tensor:
-    "As `uncond_first`, after a cast to float32 (Sana)."
+    """As `uncond_first`, after a cast to float32 (Sana)."""
     return uncond_first([b.float() for b in branches], guidance)
 
 # %% ../../nbs/models/01_families.ipynb #561b397a
@@ -153,17 +159,17 @@ def _encode_sana(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddin
 
 # %% ../../nbs/models/01_families.ipynb #cf0286b1
 def stack_rows(rows: list[dict[str, Tensor]]) -> Embeddings:
-    "Batch of per-prompt embeddings of one length: tensors with a new first dimension."
+    """Batch of per-prompt embeddings of one length: tensors with a new first dimension."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def list_rows(rows: list[dict[str, Tensor]]) -> Embeddings:
-    "Batch of per-prompt embeddings as lists (Z-Image)."
+    """Batch of per-prompt embeddings as lists (Z-Image)."""
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def pad_rows(rows: list[dict[str, Tensor]]) -> Embeddings:
-    "Batch of embeddings of different lengths, padded with zeros, with a mask under `<name>_mask` (Qwen-Image)."
+    """Batch of embeddings of different lengths, padded with zeros, with a mask under `<name>_mask` (Qwen-Image)."""
     batch = {}
     for name in rows[0]:
         lengths = torch.tensor([len(row[name]) for row in rows])
@@ -208,7 +214,10 @@ ATTENTION = (
 
 @dataclass(frozen=True)
 class Family:
-    "How one family of pipelines is recorded and replayed. All functions are pure; `pipe` is the diffusers pipeline."
+    """How one family of pipelines is recorded and replayed.
+
+    All functions are pure; `pipe` is the diffusers pipeline.
+    """
 
     name: str  # what error messages and tables call it
     pipelines: tuple[str, ...]  # diffusers class names
@@ -268,13 +277,16 @@ FAMILIES: dict[str, Family] = {}  # diffusers pipeline class name -> family
 
 
 def register_family(family: Family) -> Family:
-    "Make `family` known for each of its pipeline classes; returns it."
+    """Make `family` known for each of its pipeline classes; returns it."""
     FAMILIES.update(dict.fromkeys(family.pipelines, family))
     return family
 
 
 def family_of(pipe) -> Family:
-    "The family of a pipeline object (or of a class name); a pipeline that cannot be replayed is refused with the reason."
+    """The family of a pipeline object (or of a class name).
+
+    A pipeline that cannot be replayed is refused with the reason.
+    """
     name = pipe if isinstance(pipe, str) else type(pipe).__name__
     if name not in FAMILIES:
         reason = (
@@ -284,7 +296,9 @@ def family_of(pipe) -> Family:
         )
         raise ValueError(
             f"{name} cannot be recorded and replayed: {reason}. Known: {', '.join(sorted(FAMILIES))}. "
-            "For another flow-matching text-to-image pipeline, declare it with register_family(Family(...))."
+            ""
+            "For another flow-matching text-to-image pipeline, declare it with "
+            "register_family(Family(...))."
         )
     return FAMILIES[name]
 

@@ -43,7 +43,7 @@ _all_ = ["Sampler", "Recording", "ReplayError"]  # also found here, where a user
 
 # %% ../../nbs/models/03_policy.ipynb #0ba8488c
 class PromptCache:
-    "Embeddings of prompts for one pipeline, the most recently used `size` of them."
+    """Embeddings of prompts for one pipeline, the most recently used `size` of them."""
 
     def __init__(self, pipe, limit: int | None = None, offload: bool = False, size: int = 4096):
         self.pipe, self.family, self.offload, self.size = pipe, family_of(pipe), offload, size
@@ -51,7 +51,7 @@ class PromptCache:
         self.known: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def set(self, prompt: str, embeddings: dict[str, Tensor]) -> None:
-        "Remember embeddings: pipeline keyword -> tensor without batch dimension."
+        """Remember embeddings: pipeline keyword -> tensor without batch dimension."""
         self.known[prompt] = embeddings
         self.known.move_to_end(prompt)
         while len(self.known) > self.size:
@@ -59,7 +59,10 @@ class PromptCache:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], guided: bool) -> None:
-        "Encode those of `prompts` that are not known yet; `guided` asks for the negative prompt too."
+        """Encode those of `prompts` that are not known yet.
+
+        `guided` asks for the negative prompt too.
+        """
 
         def is_known(prompt: str) -> bool:
             return prompt in self.known and (
@@ -69,7 +72,8 @@ class PromptCache:
         todo = [prompt for prompt in dict.fromkeys(prompts) if not is_known(prompt)]
         if todo and tokenizer_of(self.pipe) is None:
             raise ValueError(
-                f"{type(self.pipe).__name__} has no tokenizer, and no embeddings are known for {todo[0]!r}: give them with set_embeddings"
+                f"{type(self.pipe).__name__} has no tokenizer, and no embeddings are known for "
+                f"{todo[0]!r}: give them with set_embeddings"
             )
         dtype = self.pipe.transformer.dtype
         with encoders_on_device(self.pipe) if todo and self.offload else nullcontext():
@@ -89,7 +93,7 @@ class PromptCache:
                 )
 
     def batch(self, prompts: Sequence[str], guided: bool) -> TextBatch:
-        "The embeddings of `prompts` as one batch, without negative ones unless `guided`."
+        """The embeddings of `prompts` as one batch, without negative ones unless `guided`."""
         self.encode(prompts, guided)
         known = {
             p: {n: v for n, v in self.known[p].items() if guided or not n.startswith("negative_")}
@@ -100,7 +104,7 @@ class PromptCache:
         )
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
-        "The prompts with more tokens than `limit`, each once, in order."
+        """The prompts with more tokens than `limit`, each once, in order."""
         tokenizer = tokenizer_of(self.pipe)
         texts = {
             prompt: self.family.token_text(self.pipe, prompt) for prompt in prompts if tokenizer
@@ -113,12 +117,15 @@ class PromptCache:
 
 # %% ../../nbs/models/03_policy.ipynb #fd09405c
 def tokenizer_of(pipe):
-    "The tokenizer whose limit cuts prompts, or None."
+    """The tokenizer whose limit cuts prompts, or None."""
     return getattr(pipe, family_of(pipe).tokenizer, None) or getattr(pipe, "tokenizer", None)
 
 
 def token_limit(pipe) -> int:
-    "Tokens that the text encoder takes: the default of the pipeline's call, or less where its tokenizer says so."
+    """Tokens that the text encoder takes.
+
+    The default of the pipeline's call, or less where its tokenizer says so.
+    """
     own = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
     if type(pipe).__name__ == "FluxPipeline" and not pipe.transformer.config.guidance_embeds:
         own = 256  # FLUX.1 schnell was trained with half the length
@@ -127,7 +134,7 @@ def token_limit(pipe) -> int:
 
 @contextmanager
 def encoders_on_device(pipe) -> Iterator[None]:
-    "Inside, the text encoders are where the transformer is; afterwards they are on the CPU."
+    """Inside, the text encoders are where the transformer is; afterwards they are on the CPU."""
     encoders = [
         part
         for name, part in pipe.components.items()
@@ -149,7 +156,7 @@ def swapped_weights(
         str, Tensor
     ],  # parameter name -> values; parameters that are not named keep theirs
 ) -> Iterator[None]:
-    "Inside, `module` has these weights instead of its own."
+    """Inside, `module` has these weights instead of its own."""
     parameters = {name: p for name, p in module.named_parameters() if name in weights}
     own = {name: p.data for name, p in parameters.items()}
     try:
@@ -163,7 +170,7 @@ def swapped_weights(
 
 @contextmanager
 def adapters_off(transformer) -> Iterator[None]:
-    "Inside, the transformer is its base model."
+    """Inside, the transformer is its base model."""
     transformer.disable_adapters()
     try:
         yield
@@ -175,7 +182,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
-    "Write a LoRA that `load_lora_weights(folder)` reads, or `folder/transformer` for `from_pretrained`."
+    """Write a LoRA that `load_lora_weights(folder)` reads, or `folder/transformer` for `from_pretrained`."""
     folder = Path(folder)
     if lora:
         from peft import get_peft_model_state_dict
@@ -191,11 +198,12 @@ def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
 
 
 def load_trained(pipe, folder: str | Path, lora: bool) -> None:
-    "Read what `save_trained` wrote into the transformer of `pipe`."
+    """Read what `save_trained` wrote into the transformer of `pipe`."""
     place = Path(folder) / (LORA_FILE if lora else "transformer")
     if not place.exists():
         raise FileNotFoundError(
-            f"no {place.name} in {folder}: expected the weights of a {'LoRA' if lora else 'full'} training, as Policy.save writes them"
+            f"no {place.name} in {folder}: expected the weights of a {'LoRA' if lora else 'full'} "
+            "training, as Policy.save writes them"
         )
     if not lora:
         pipe.transformer.load_state_dict(type(pipe.transformer).from_pretrained(place).state_dict())
@@ -209,13 +217,14 @@ def load_trained(pipe, folder: str | Path, lora: bool) -> None:
     }
     if {name: value.shape for name, value in state.items()} != expected:
         raise ValueError(
-            f"{place} does not fit this LoRA ({len(state)} tensors for {len(expected)}): load with the same lora_rank and lora_targets"
+            f"{place} does not fit this LoRA ({len(state)} tensors for {len(expected)}): load "
+            "with the same lora_rank and lora_targets"
         )
     set_peft_model_state_dict(pipe.transformer, state)
 
 # %% ../../nbs/models/03_policy.ipynb #97cb6eb6
 class TrainedPipeline:
-    "A pipeline whose transformer is trained: its weights, its reference, its files."
+    """A pipeline whose transformer is trained: its weights, its reference, its files."""
 
     def __init__(
         self,
@@ -229,21 +238,24 @@ class TrainedPipeline:
 
     @property
     def transformer(self) -> torch.nn.Module:
-        "The transformer itself, without wrappers."
+        """The transformer itself, without wrappers."""
         return self.pipe.transformer
 
     @property
     def device(self) -> torch.device:
-        "Where the transformer is."
+        """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        "The parameters that are trained, in the order of the module."
+        """The parameters that are trained, in the order of the module."""
         return [p for p in self.transformer.parameters() if p.requires_grad]
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        "Inside, the transformer is exactly the base model: adapters off, or the frozen copy in place of the trained weights."
+        """Inside, the transformer is exactly the base model.
+
+        Adapters off, or the frozen copy in place of the trained weights.
+        """
         if self._in_reference:
             yield
             return
@@ -263,16 +275,19 @@ class TrainedPipeline:
             self._in_reference = False
 
     def save(self, folder: str | Path) -> Path:
-        "Write the trained weights in diffusers' format, see `save_trained`."
+        """Write the trained weights in diffusers' format, see `save_trained`."""
         return save_trained(self.pipe, folder, self.lora)
 
     def load_weights(self, folder: str | Path) -> None:
-        "Read what `save` wrote."
+        """Read what `save` wrote."""
         load_trained(self.pipe, folder, self.lora)
 
 # %% ../../nbs/models/03_policy.ipynb #280d257c
 def _keeper(place: str | None) -> Callable[[Tensor], Tensor]:
-    "Where trajectories go: None leaves them on the device, 'cpu' and 'pinned' move them to (pinned) CPU memory."
+    """Where trajectories go.
+
+    None leaves them on the device, 'cpu' and 'pinned' move them to (pinned) CPU memory.
+    """
     if place not in (None, "cpu", "pinned"):
         raise ValueError(f"store_on={place!r}: use None (the device), 'cpu' or 'pinned'")
 
@@ -287,7 +302,7 @@ def _keeper(place: str | None) -> Callable[[Tensor], Tensor]:
 
 # %% ../../nbs/models/03_policy.ipynb #24754c82
 class RecordedPipeline(TrainedPipeline):
-    "A trained pipeline that samples with recording."
+    """A trained pipeline that samples with recording."""
 
     def __init__(
         self,
@@ -306,15 +321,18 @@ class RecordedPipeline(TrainedPipeline):
         pipe.transformer.eval()
 
     def _context(self):
-        "The precision in which the transformer runs."
+        """The precision in which the transformer runs."""
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     def set_embeddings(self, prompt: str, embeddings: dict[str, Tensor]) -> None:
-        "Use these embeddings (pipeline keyword -> tensor without batch dimension) for `prompt`: for pipelines without text encoders."
+        """Use these embeddings (pipeline keyword -> tensor without batch dimension) for `prompt`.
+
+        For pipelines without text encoders.
+        """
         self.text.set(prompt, embeddings)
 
     def truncated_prompts(self, prompts: Sequence[str]) -> list[str]:
-        "The prompts that are longer than the text encoder takes, in order, each once."
+        """The prompts that are longer than the text encoder takes, in order, each once."""
         return self.text.truncated(prompts)
 
     def sample(
@@ -327,7 +345,7 @@ class RecordedPipeline(TrainedPipeline):
         keep_calls: bool = True,  # False for images that will not be replayed
         hybrid_steps: int | None = None,  # trained model for the first m steps, reference after
     ) -> Recording:
-        "Draw one image per prompt in one pipeline call, recording states, log-probs and transformer calls."
+        """Draw one image per prompt in one pipeline call, recording states, log-probs and transformer calls."""
         sampler = replace(
             sampler,
             height=sampler.height or self.world.get("height"),
@@ -358,7 +376,11 @@ class RecordedPipeline(TrainedPipeline):
 
 # %% ../../nbs/models/03_policy.ipynb #e0423220
 class Policy(RecordedPipeline):
-    "A text-to-image policy: `sample` records, `velocity` and `log_prob` replay with gradients, `reference` is the base. Made by `load_policy`."
+    """A text-to-image policy.
+
+    `sample` records, `velocity` and `log_prob` replay with gradients, `reference` is the base. Made
+    by `load_policy`.
+    """
 
     def velocity(
         self,
@@ -366,7 +388,7 @@ class Policy(RecordedPipeline):
         rows: Tensor,  # (n,) which images
         steps: Tensor,  # (n,) which step of each
     ) -> Tensor:  # (n, ...) float32
-        "The velocity of the current weights at recorded states, with gradients through every guidance branch."
+        """The velocity of the current weights at recorded states, with gradients through every guidance branch."""
         if self.module.training:
             self.module.eval()
         with self._context():
@@ -378,7 +400,7 @@ class Policy(RecordedPipeline):
         rows: Tensor,  # (n,) which images
         steps: Tensor,  # (n,) which step of each; not the last one
     ) -> tuple[Tensor, Tensor, Tensor]:  # log_prob (n,), mean (n, ...), std (n, 1, ...)
-        "Log-prob of the recorded transitions under the current weights, and the mean and std of those transitions."
+        """Log-prob of the recorded transitions under the current weights, and the mean and std of those transitions."""
         transition, log_prob = replay_transition(
             recording, rows, steps, self.velocity(recording, rows, steps)
         )
@@ -393,7 +415,7 @@ class Policy(RecordedPipeline):
         | None = None,  # pixels, where `what` is a tensor of another size than the pipeline's own
         width: int | None = None,
     ) -> list:
-        "PIL images, by the pipeline's own decoding."
+        """PIL images, by the pipeline's own decoding."""
         if isinstance(what, Recording):
             what, height, width = what.final, what.sampler.height, what.sampler.width
         height, width = height or self.world.get("height"), width or self.world.get("width")
@@ -424,7 +446,7 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def _folder_of(model: str) -> Path | None:
-    "The local pipeline folder that `model` names, or None for a hub id."
+    """The local pipeline folder that `model` names, or None for a hub id."""
     if model == "shapes":
         folder = shapes_path()
     else:
@@ -433,12 +455,14 @@ def _folder_of(model: str) -> Path | None:
             if model.count("/") == 1 and not model.startswith((".", "/", "~")):
                 return None
             raise FileNotFoundError(
-                f"model={model!r}: no such folder. Give a diffusers pipeline folder, a hub id such as 'black-forest-labs/FLUX.1-dev', or 'shapes'"
+                f"model={model!r}: no such folder. Give a diffusers pipeline folder, a hub id "
+                "such as 'black-forest-labs/FLUX.1-dev', or 'shapes'"
             )
     found = [f for f in (folder, folder / "pipeline") if (f / "model_index.json").exists()]
     if not found:
         raise FileNotFoundError(
-            f"model={model!r}: {folder} has no model_index.json, so it is not a diffusers pipeline folder (save_pretrained writes one)"
+            f"model={model!r}: {folder} has no model_index.json, so it is not a diffusers "
+            "pipeline folder (save_pretrained writes one)"
         )
     return found[0]
 
@@ -447,7 +471,7 @@ def load_pipeline(
     model: str,  # "shapes", a folder, or a hub id
     dtype: str | torch.dtype = "float32",
 ):
-    "A diffusers pipeline and the contents of its world.json (or {}), with clear messages where that fails."
+    """A diffusers pipeline and the contents of its world.json (or {}), with clear messages where that fails."""
     from diffusers import DiffusionPipeline
 
     folder = _folder_of(model)
@@ -487,7 +511,10 @@ def load_policy(
     store_on: str | None = None,  # trajectories on "cpu" or in "pinned" memory; None = device
     seed: int = 0,  # of the LoRA's initial weights
 ) -> Policy:
-    "Load a pipeline and make its transformer trainable. Only its trained weights require gradients."
+    """Load a pipeline and make its transformer trainable.
+
+    Only its trained weights require gradients.
+    """
     pipe, world = load_pipeline(model, dtype) if isinstance(model, (str, Path)) else (model, {})
     family = family_of(pipe)
     flow_scheduler(pipe)  # refuses a schedule that cannot be replayed
@@ -526,7 +553,7 @@ def load_policy(
 def _add_lora(
     transformer, rank: int, alpha: float | None, targets: Sequence[str] | str, seed: int
 ) -> None:
-    "Inject a LoRA named 'default' with float32 weights; it starts as the base model."
+    """Inject a LoRA named 'default' with float32 weights; it starts as the base model."""
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
@@ -546,7 +573,7 @@ def _add_lora(
 
 # %% ../../nbs/models/03_policy.ipynb #c44a38bb
 def _gradient_norm(policy: Policy, recording: Recording) -> float:
-    "Norm of the gradient of one replayed velocity with respect to the trained weights, sharded or whole; `.grad` is left as it was."
+    """Norm of the gradient of one replayed velocity with respect to the trained weights, sharded or whole; `.grad` is left as it was."""
     kept = [(p, p.grad) for p in policy.trainable_parameters()]
     for p, _ in kept:
         p.grad = None
@@ -573,7 +600,7 @@ def check_replay(
 ) -> dict[
     str, float
 ]:  # velocity_error, log_prob_error, ratio_error, gradient_norm (with `gradients`)
-    "Prove that replay gives the recorded velocities, that every ratio is 1, and that gradients reach the weights; raise `ReplayError` if not."
+    """Prove that replay gives the recorded velocities, that every ratio is 1, and that gradients reach the weights; raise `ReplayError` if not."""
     low = policy.autocast is not None or policy.transformer.dtype in (torch.bfloat16, torch.float16)
     tolerance = tolerance if tolerance is not None else 1e-2 if low else 1e-5
     velocity_tolerance = (
@@ -589,7 +616,8 @@ def check_replay(
             recorded = pick(recording.velocities, rows, steps, found.device)
             if found.shape != recorded.shape:
                 raise ReplayError(
-                    f"{policy.family.name}: the replayed velocity has shape {tuple(found.shape)}, the recorded one {tuple(recorded.shape)}"
+                    f"{policy.family.name}: the replayed velocity has shape {tuple(found.shape)}, "
+                    f"the recorded one {tuple(recorded.shape)}"
                 )
             velocity_error = max(
                 velocity_error,
@@ -610,14 +638,17 @@ def check_replay(
     for name, limit in (("velocity_error", velocity_tolerance), ("log_prob_error", tolerance)):
         if not report[name] <= limit:
             raise ReplayError(
-                f"{policy.family.name}: replay does not reproduce the rollout, {name} is {report[name]:.3g} and may be {limit:.3g}. "
-                "If the weights changed since the rollout this is expected; else the pipeline does something between transformer and "
+                f"{policy.family.name}: replay does not reproduce the rollout, {name} is "
+                f"{report[name]:.3g} and may be {limit:.3g}. "
+                "If the weights changed since the rollout this is expected; else the pipeline "
+                "does something between transformer and "
                 "scheduler that its family does not declare"
             )
     if gradients:
         report["gradient_norm"] = _gradient_norm(policy, recording)
         if not report["gradient_norm"] > 0:
             raise ReplayError(
-                f"{policy.family.name}: no gradient reaches the trained weights through a replayed velocity (norm {report['gradient_norm']})"
+                f"{policy.family.name}: no gradient reaches the trained weights through a "
+                f"replayed velocity (norm {report['gradient_norm']})"
             )
     return report

@@ -26,7 +26,7 @@ __all__ = ['Sampler', 'draw_noise', 'no_steps', 'scheduled', 'flow_scheduler', '
 # %% ../../nbs/models/02_recording.ipynb #9f2da48e
 @dataclass(frozen=True)
 class Sampler:
-    "How images are drawn. `None` keeps the pipeline's own value."
+    """How images are drawn. `None` keeps the pipeline's own value."""
 
     num_steps: int = 17  # T
     kind: str = "flow"  # SDE kind of `sde_step`: "flow", "dance", "cps", or "ode"
@@ -48,11 +48,11 @@ class Sampler:
 
     @property
     def is_ode(self) -> bool:
-        "True where no transition has noise, so that there are no log-probs."
+        """True where no transition has noise, so that there are no log-probs."""
         return self.kind == "ode" or self.noise_level == 0
 
     def guidance(self, pipe) -> float:
-        "The guidance scale in force: the sampler's own, or the default of the pipeline's call."
+        """The guidance scale in force: the sampler's own, or the default of the pipeline's call."""
         own = (
             inspect.signature(type(pipe).__call__).parameters[family_of(pipe).guidance_arg].default
         )
@@ -63,13 +63,16 @@ def draw_noise(
     generators: Sequence[torch.Generator],  # one CPU generator per image
     shape: Sequence[int],  # of one image's latents
 ) -> Tensor:  # (b, *shape) float32 on the CPU
-    "Standard normal noise, row i from generator i: the same whatever the device and the rest of the batch."
+    """Standard normal noise, row i from generator i.
+
+    The same whatever the device and the rest of the batch.
+    """
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 # %% ../../nbs/models/02_recording.ipynb #9f56d65f
 @cache
 def _recorder_class():
-    "The recording scheduler; made on first use, since importing diffusers is slow."
+    """The recording scheduler; made on first use, since importing diffusers is slow."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     class RecordingScheduler(FlowMatchEulerDiscreteScheduler):
@@ -121,7 +124,7 @@ def _recorder_class():
 
 # %% ../../nbs/models/02_recording.ipynb #416fca14
 def no_steps():
-    "A scheduler without steps: a pipeline called with it only decodes the latents it is given."
+    """A scheduler without steps: a pipeline called with it only decodes the latents it is given."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     class NoSteps(FlowMatchEulerDiscreteScheduler):
@@ -139,7 +142,7 @@ def no_steps():
 
 @contextmanager
 def scheduled(pipe, scheduler) -> Iterator[None]:
-    "Inside, `pipe` runs with `scheduler`."
+    """Inside, `pipe` runs with `scheduler`."""
     stock, pipe.scheduler = pipe.scheduler, scheduler
     try:
         yield
@@ -152,13 +155,14 @@ def flow_scheduler(
     shift: float | None = None,  # static shift; None keeps the pipeline's own (dynamic) one
     scheduler_class=None,  # FlowMatchEulerDiscreteScheduler or a subclass
 ):
-    "A flow-matching Euler scheduler with the noise schedule of `pipe`."
+    """A flow-matching Euler scheduler with the noise schedule of `pipe`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     config, changes = dict(pipe.scheduler.config), {"stochastic_sampling": False}
     if config.get("invert_sigmas"):
         raise ValueError(
-            f"{type(pipe).__name__} cannot be replayed: its scheduler runs with invert_sigmas=True, from sigma 0 to 1"
+            f"{type(pipe).__name__} cannot be replayed: its scheduler runs with "
+            "invert_sigmas=True, from sigma 0 to 1"
         )
     if "flow_shift" in config:
         changes["shift"] = config["flow_shift"]
@@ -174,11 +178,11 @@ def flow_scheduler(
 
 # %% ../../nbs/models/02_recording.ipynb #601f9484
 class ReplayError(RuntimeError):
-    "A pipeline, or a recording, that cannot be replayed; the message says why."
+    """A pipeline, or a recording, that cannot be replayed; the message says why."""
 
 
 def _equal(a, b) -> bool:
-    "Whether two argument values are the same, cheaply where they are the same object."
+    """Whether two argument values are the same, cheaply where they are the same object."""
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -189,7 +193,7 @@ def _equal(a, b) -> bool:
 
 
 def _take(values, index: Tensor):
-    "Rows `index` of a tensor or a list."
+    """Rows `index` of a tensor or a list."""
     return (
         values.index_select(0, index)
         if isinstance(values, Tensor)
@@ -198,7 +202,7 @@ def _take(values, index: Tensor):
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    "One CPU generator per seed."
+    """One CPU generator per seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -208,7 +212,7 @@ def _same_place(value: Tensor) -> Tensor:
 # %% ../../nbs/models/02_recording.ipynb #02c3f869
 @dataclass(frozen=True, eq=False)
 class RecordedCall:
-    "One transformer call per step of a rollout of b images: everything but the latents."
+    """One transformer call per step of a rollout of b images: everything but the latents."""
 
     branches: int  # k: rows of the call per image (2 where one batch holds [uncond, cond])
     dtype: torch.dtype  # of the latents that the transformer saw
@@ -224,7 +228,7 @@ class RecordedCall:
         batch: int,  # b, images in the recording
         family: Family,
     ) -> dict[str, Any]:
-        "Keyword arguments of the transformer for these (image, step) pairs."
+        """Keyword arguments of the transformer for these (image, step) pairs."""
         index = (
             torch.cat([rows + j * batch for j in range(self.branches)])
             if self.branches > 1
@@ -254,11 +258,12 @@ def _fold_call(
     first_rows: Tensor,
     which: Tensor,
 ) -> RecordedCall:
-    "One recorded call from its collected arguments; refuses what is not declared."
+    """One recorded call from its collected arguments; refuses what is not declared."""
     rows, dtype = inputs
     if rows % batch:
         raise ReplayError(
-            f"{family.name}: a transformer call has {rows} rows for {batch} images; a multiple was expected"
+            f"{family.name}: a transformer call has {rows} rows for {batch} images; a multiple "
+            "was expected"
         )
     k, shared, constant, stacked = rows // batch, {}, {}, {}
     some = torch.cat([first_rows + j * batch for j in range(k)])
@@ -267,7 +272,8 @@ def _fold_call(
         if name in varying:
             if name not in family.row_args or not isinstance(value, Tensor):
                 raise ReplayError(
-                    f"{family.name}: argument {name!r} changes between steps but is not declared in row_args"
+                    f"{family.name}: argument {name!r} changes between steps but is not declared "
+                    "in row_args"
                 )
             stacked[name] = torch.stack(varying[name])
         elif value is not None and name in family.row_args:
@@ -279,7 +285,8 @@ def _fold_call(
             )
         elif isinstance(value, Tensor) and name not in family.shared_args:
             raise ReplayError(
-                f"{family.name}: the transformer was called with {name!r}, which is declared neither in row_args nor in "
+                f"{family.name}: the transformer was called with {name!r}, which is declared "
+                "neither in row_args nor in "
                 "shared_args of its family: declare it, so that rows are taken rightly"
             )
         else:
@@ -288,7 +295,10 @@ def _fold_call(
 
 # %% ../../nbs/models/02_recording.ipynb #f09ad194
 class CallLog:
-    "Collects the transformer calls of one rollout; `hook` goes to `register_forward_pre_hook(..., with_kwargs=True)`."
+    """Collects the transformer calls of one rollout.
+
+    `hook` goes to `register_forward_pre_hook(..., with_kwargs=True)`.
+    """
 
     def __init__(self, family: Family, transformer: torch.nn.Module, batch: int):
         self.family, self.batch = family, batch
@@ -299,7 +309,7 @@ class CallLog:
         self.step, self.position = 0, 0
 
     def hook(self, module, args, kwargs):
-        "Remember one call."
+        """Remember one call."""
         call = dict(zip(self.names, args)) | kwargs
         latents = call.pop(self.family.latents_arg)
         if self.step == 0:
@@ -314,16 +324,20 @@ class CallLog:
         self.position += 1
 
     def end_step(self, step: int) -> None:
-        "Called after each scheduler step."
+        """Called after each scheduler step."""
         if self.position != len(self.first):
             raise ReplayError(
-                f"{self.family.name} made {self.position} transformer calls in step {step} and {len(self.first)} in step 0: "
+                f"{self.family.name} made {self.position} transformer calls in step {step} and "
+                f"{len(self.first)} in step 0: "
                 "guidance that is switched off along the way (truncation) cannot be replayed"
             )
         self.step, self.position = step + 1, 0
 
     def fold(self, first_rows: Tensor, which: Tensor) -> tuple[RecordedCall, ...]:
-        "The calls, with one copy per distinct prompt: `first_rows` (u,) has an image of each prompt, `which` (b,) the prompt of each image."
+        """The calls, with one copy per distinct prompt.
+
+        `first_rows` (u,) has an image of each prompt, `which` (b,) the prompt of each image.
+        """
         return tuple(
             _fold_call(self.family, self.batch, *parts, first_rows, which)
             for parts in zip(self.first, self.varying, self.inputs)
@@ -332,7 +346,7 @@ class CallLog:
 # %% ../../nbs/models/02_recording.ipynb #d9551664
 @dataclass(frozen=True, eq=False)
 class Recording:
-    "A batch of sampled images: states, log-probs, and what replay needs."
+    """A batch of sampled images: states, log-probs, and what replay needs."""
 
     latents: Tensor  # (b, T + 1, ...) float32, noisiest first
     sigmas: Tensor  # (T + 1,) noise levels used
@@ -350,18 +364,18 @@ class Recording:
 
     @property
     def num_steps(self) -> int:
-        "T, sampling steps; the last one is not trained."
+        """T, sampling steps; the last one is not trained."""
         return len(self.sigmas) - 1
 
     @property
     def final(self) -> Tensor:
-        "The clean latents, (b, ...)."
+        """The clean latents, (b, ...)."""
         return self.latents[:, -1]
 
 # %% ../../nbs/models/02_recording.ipynb #69e1fac4
 @dataclass(frozen=True, eq=False)
 class TextBatch:
-    "Encoded prompts of b images, u of them distinct."
+    """Encoded prompts of b images, u of them distinct."""
 
     prompts: list[str]  # one per image
     embeddings: Embeddings  # pipeline keyword -> rows, one per image
@@ -377,7 +391,7 @@ def text_batch(
     family: Family,
     device: torch.device | str = "cpu",
 ) -> TextBatch:
-    "Make a batch of embeddings: collated once per distinct prompt, then repeated."
+    """Make a batch of embeddings: collated once per distinct prompt, then repeated."""
     prompts = list(prompts)
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     rows = family.collate(
@@ -399,7 +413,10 @@ def call_pipeline(
     guidance: float,
     **options,  # further keywords of the pipeline
 ):
-    "Call a diffusers pipeline with embeddings instead of prompts; returns its images or latents."
+    """Call a diffusers pipeline with embeddings instead of prompts.
+
+    Returns its images or latents.
+    """
     family, size = (
         family_of(pipe),
         {name: value for name, value in (("height", height), ("width", width)) if value},
@@ -426,11 +443,12 @@ def record(
     on_step: Callable[[int], None] = lambda step: None,  # called after each step
     store: Callable[[Tensor], Tensor] = _same_place,  # where states and velocities are kept
 ) -> Recording:
-    "Run the pipeline once with the recording scheduler and the hook."
+    """Run the pipeline once with the recording scheduler and the hook."""
     b, guidance = len(text.prompts), sampler.guidance(pipe)
     if not b == len(init_seeds) == len(noise_seeds):
         raise ValueError(
-            f"{b} prompts, {len(init_seeds)} init_seeds, {len(noise_seeds)} noise_seeds: give one of each per image"
+            f"{b} prompts, {len(init_seeds)} init_seeds, {len(noise_seeds)} noise_seeds: give one "
+            "of each per image"
         )
     log, recorder = (
         CallLog(family_of(pipe), pipe.transformer, b),
@@ -490,7 +508,7 @@ def pick(
     steps: Tensor,  # (n,)
     device: torch.device | str,
 ) -> Tensor:  # (n, ...) on `device`
-    "`values[rows, steps]`, wherever `values` is kept."
+    """`values[rows, steps]`, wherever `values` is kept."""
     return values[rows.to(values.device), steps.to(values.device)].to(device, non_blocking=True)
 
 
@@ -502,7 +520,7 @@ def replay_velocity(
     steps: Tensor,  # (n,) which step of each
     device: torch.device | str = "cpu",
 ) -> Tensor:  # (n, ...) float32
-    "The velocity of the current weights at recorded states, with gradients through every guidance branch."
+    """The velocity of the current weights at recorded states, with gradients through every guidance branch."""
     if not recording.calls:
         raise ValueError("this recording has no calls to replay: sample with keep_calls=True")
     rows, steps = torch.as_tensor(rows), torch.as_tensor(steps)
@@ -520,15 +538,17 @@ def replay_transition(
     steps: Tensor,  # (n,) which step of each; not the last one
     velocity: Tensor,  # (n, ...) from `replay_velocity`
 ) -> tuple[Transition, Tensor]:
-    "The transition that `velocity` gives at recorded states, and the log-prob (n,) of the recorded next states under it."
+    """The transition that `velocity` gives at recorded states, and the log-prob (n,) of the recorded next states under it."""
     if recording.sampler.is_ode:
         raise ValueError(
-            "an ODE rollout has no log-probs: sample with a noise_level above 0 and a kind other than 'ode'"
+            "an ODE rollout has no log-probs: sample with a noise_level above 0 and a kind other "
+            "than 'ode'"
         )
     rows, steps, device = torch.as_tensor(rows), torch.as_tensor(steps), velocity.device
     if (steps >= recording.num_steps - 1).any():
         raise ValueError(
-            f"step {int(steps.max())}: the last transition, step {recording.num_steps - 1}, is an ODE step and is not trained"
+            f"step {int(steps.max())}: the last transition, step {recording.num_steps - 1}, is an "
+            "ODE step and is not trained"
         )
     sigmas, where = recording.sigmas.to(device), steps.to(device)
     transition = sde_step(

@@ -19,7 +19,7 @@ WORDS = ("a", "red", "blue", "green", "circle", "square", "two", "and", "left", 
 
 
 def _clip_text(projection: int | None = None, seed: int = 0):
-    "CLIP tokenizer over the byte alphabet, and a text encoder (with a projection if asked)."
+    """CLIP tokenizer over the byte alphabet, and a text encoder (with a projection if asked)."""
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
@@ -53,7 +53,7 @@ def _clip_text(projection: int | None = None, seed: int = 0):
 
 
 def _t5_text(width: int = TEXT_WIDTH, length: int = 24, seed: int = 0):
-    "T5 tokenizer over a few words and the letters, and its encoder."
+    """T5 tokenizer over a few words and the letters, and its encoder."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = [
@@ -355,7 +355,7 @@ TINY_SIZE = {"sana": 32, "lumina2": 32}  # pixels of a side, where it is not 8
 
 
 def tiny_pipeline(name: str = "flux"):
-    "A random pipeline of some ten thousand weights; the same bits on every call."
+    """A random pipeline of some ten thousand weights; the same bits on every call."""
     if name not in TINY:
         raise ValueError(f"no tiny pipeline {name!r}: choose one of {', '.join(TINY)}")
     with torch.random.fork_rng(devices=[]):
@@ -368,7 +368,10 @@ def tiny_embeddings(
     name: str,  # a tiny pipeline without text encoders
     prompt: str,
 ) -> dict[str, torch.Tensor]:
-    "Random embeddings of `prompt`, with those of the negative prompt: keyword -> tensor without batch dimension. Lengths vary where the family allows it."
+    """Random embeddings of `prompt`, with those of the negative prompt.
+
+    Keyword -> tensor without batch dimension. Lengths vary where the family allows it.
+    """
     varies = name in ("qwen-image", "z-image")
 
     def embed(text: str) -> torch.Tensor:
