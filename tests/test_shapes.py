@@ -1,4 +1,4 @@
-"""The embedded world: scenes, captions, splits, verifier and rewards."""
+"""`shapes`: scenes, captions, splits, verifier and rewards."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from chunk_grpo_nb.prompts import load_prompts
 from chunk_grpo_nb.rewards.registry import make_reward
 from chunk_grpo_nb.shapes.proxies import near_miss, request_facts, scene_facts, truth
 from chunk_grpo_nb.shapes.report import balanced_requests
-from chunk_grpo_nb.shapes.rewards import verify, verify_batch, wanted_conditions
+from chunk_grpo_nb.shapes.rewards import wanted_conditions
 from chunk_grpo_nb.shapes.scenes import (
     COLOURS,
     KINDS,
@@ -31,13 +31,13 @@ from chunk_grpo_nb.shapes.scenes import (
     sample_scene,
     split_prompts,
 )
-from chunk_grpo_nb.shapes.verifier import find_objects
+from chunk_grpo_nb.shapes.verifier import find_objects, verify, verify_batch
 
 PROMPTS = Path(__file__).parent.parent / "data" / "prompts"
 
 
 @pytest.fixture(scope="module")
-def world():
+def drawn():
     """600 requests, 100 of each kind, with a scene and its picture each."""
     rng = np.random.default_rng(5)
     requests = balanced_requests(100, rng)
@@ -104,8 +104,8 @@ def test_prompt_files_hold_the_split(split):
     assert len(load_prompts(PROMPTS / f"shapes_{split}.jsonl")) == len(lines)
 
 
-def test_scenes_fulfil_their_request_inside_the_frame(world):
-    requests, scenes, pictures = world
+def test_scenes_fulfil_their_request_inside_the_frame(drawn):
+    requests, scenes, pictures = drawn
     assert truth(scene_facts(scenes), request_facts(requests)).diagonal().all()
     ground = np.array([scene.ground for scene in scenes])
     assert (
@@ -140,16 +140,16 @@ def test_the_verifier_reads_shape_colour_and_place(shape, colour):
     )
 
 
-def test_fresh_scenes_are_read_right(world):
-    requests, _, pictures = world
+def test_fresh_scenes_are_read_right(drawn):
+    requests, _, pictures = drawn
     assert (
         np.mean([v.strict for v in verify_batch(pictures, [conditions(r) for r in requests])])
         >= 0.995
     )
 
 
-def test_blur_and_noise_do_not_blind_the_verifier(world):
-    requests, _, pictures = world
+def test_blur_and_noise_do_not_blind_the_verifier(drawn):
+    requests, _, pictures = drawn
     rough = gaussian_filter(pictures.astype(float), (0, 0.7, 0.7, 0)) + np.random.default_rng(
         0
     ).normal(0, 8, pictures.shape)
@@ -159,8 +159,8 @@ def test_blur_and_noise_do_not_blind_the_verifier(world):
     assert np.mean([v.strict for v in verdicts]) >= 0.98
 
 
-def test_wrong_captions_are_refused(world):
-    requests, scenes, pictures = world
+def test_wrong_captions_are_refused(drawn):
+    requests, scenes, pictures = drawn
     rng = np.random.default_rng(1)
     misses = [near_miss(r, rng) for r in requests]
     wrong = ~truth(scene_facts(scenes), request_facts(misses)).diagonal()
@@ -214,8 +214,8 @@ def test_conditions_must_be_known():
         verify_batch([picture], [[], []])
 
 
-def test_gold_rewards(world):
-    requests, _, pictures = world
+def test_gold_rewards(drawn):
+    requests, _, pictures = drawn
     images, prompts = (
         [Image.fromarray(p) for p in pictures[::50]],
         [caption(r) for r in requests[::50]],

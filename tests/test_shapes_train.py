@@ -1,4 +1,4 @@
-"""Training the embedded world's models, on sizes that take seconds; and the weights that are shipped."""
+"""Training the models of `shapes`, on sizes that take seconds; and the weights that are shipped."""
 
 import json
 from dataclasses import replace
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from chunk_grpo_nb.paths import shapes_path
 from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
@@ -20,7 +21,7 @@ from chunk_grpo_nb.shapes.proxies import (
     train_preference,
 )
 from chunk_grpo_nb.shapes.report import clip_report, round_trip, verifier_agreement
-from chunk_grpo_nb.shapes.rewards import load_scorer, verify_batch, world_facts
+from chunk_grpo_nb.shapes.rewards import load_scorer, shapes_settings, wanted_conditions
 from chunk_grpo_nb.shapes.scenes import (
     CLIP_LENGTH,
     KINDS,
@@ -47,6 +48,7 @@ from chunk_grpo_nb.shapes.training import (
     train_vae,
     vocabulary,
 )
+from chunk_grpo_nb.shapes.verifier import verify_batch
 
 TRAINING = FlowTraining(steps=6, batch=8, warmup_steps=2, decay_steps=3)
 
@@ -207,15 +209,13 @@ def test_scorers_train_save_and_score(tmp_path):
 
 
 def test_a_missing_scorer_is_named(tmp_path):
-    with pytest.raises(RewardUnavailable, match="world_3_clip"):
+    with pytest.raises(RewardUnavailable, match="shapes_3_clip"):
         load_scorer("clip", str(tmp_path))
 
 
 def test_agreement_with_the_verifier():
     pictures, captions = scene_data(30, seed=8)
     records = [{"prompt": text, "kind": parse_caption(text).kind} for text in captions]
-    from chunk_grpo_nb.shapes.rewards import wanted_conditions
-
     shuffled = [captions[(n + 7 * (n % 2)) % 30] for n in range(30)]
     verdicts = verify_batch(pictures, wanted_conditions(shuffled, [{}] * 30))
     perfect = verifier_agreement(
@@ -231,8 +231,9 @@ def test_the_shipped_model_draws_its_captions():
 
     folder = shapes_path()
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 20e6
-    facts = world_facts()
-    assert (facts["height"], facts["width"], facts["max_sequence_length"]) == (32, 32, TEXT_LENGTH)
+    settings = shapes_settings()
+    assert settings["height"] == settings["width"] == 32
+    assert settings["max_sequence_length"] == TEXT_LENGTH
     pipeline = FluxPipeline.from_pretrained(folder, local_files_only=True)
     records = [r for r in split_prompts("test", 6) if r["kind"] in ("single", "colours")]
     verdicts = verify_batch(
@@ -248,41 +249,16 @@ def test_the_shipped_scorers_prefer_the_right_picture():
 
 
 @pytest.mark.slow
-def test_the_training_notebooks_run_small(tmp_path):
-    import papermill
+def test_the_training_notebooks_feed_each_other(tmp_path):
+    from chunk_grpo_nb.analysis.sweep import run_notebook
 
-    notebooks = Path(__file__).parent.parent / "nbs" / "experiments"
-    small = {
-        "world_1_vae": {"scenes": 200, "steps": 10},
-        "world_2_transformer": {
-            "scenes": 200,
-            "steps": 6,
-            "unit": 3,
-            "last_step": 6,
-            "evaluate_every": 3,
-            "evaluate_per_kind": 1,
-        },
-        "world_3_clip": {"scenes": 300, "steps": 4, "test_per_kind": 4},
-        "world_4_preference": {"pairs": 200, "steps": 4, "test_pairs": 60},
-        "world_5_report": {
-            "per_kind": 2,
-            "images": 1,
-            "verifier_per_kind": 10,
-            "groups_per_kind": 1,
-        },
-    }
-    for name, parameters in small.items():
-        papermill.execute_notebook(
-            notebooks / f"{name}.ipynb",
-            tmp_path / f"{name}.ipynb",
-            {**parameters, "threads": 1, "out_dir": str(tmp_path / "world")},
-            kernel_name="python3",
-            progress_bar=False,
+    root = Path(__file__).parent.parent
+    small = yaml.safe_load((root / "ci" / "smoke.yaml").read_text(encoding="utf-8"))
+    names = sorted(name for name in small if name.startswith("experiments/shapes_"))
+    out = tmp_path / "shapes"
+    for name in names:
+        run_notebook(
+            root / "nbs" / name, tmp_path / Path(name).name, {**small[name], "out_dir": str(out)}
         )
-    assert {p.name for p in (tmp_path / "world").glob("*.json")} == {
-        "vae.json",
-        "flow.json",
-        "clip.json",
-        "pick.json",
-        "report.json",
-    }
+    records = {path.name for path in out.glob("*.json")}
+    assert {"vae.json", "flow.json", "clip.json", "pick.json", "report.json"} <= records
