@@ -14,7 +14,7 @@ NOTEBOOKS = ROOT / "nbs"
 
 def run(name: str, parameters: dict, folder: Path) -> tuple[str, float, str]:
     """Run one notebook; its name, seconds, and the end of its error ('' if it ran)."""
-    from chunk_grpo_nb.analysis.sweep import notebook_parameters, run_notebook
+    from chunk_grpo_nb.analysis.notebooks import notebook_parameters, run_notebook
 
     notebook, start = NOTEBOOKS / name, time.monotonic()
     try:

@@ -129,7 +129,7 @@ def test_entry_points_call_the_same_scripts():
 
 
 def test_quickstart_and_smoke_name_notebooks_that_exist():
-    from chunk_grpo_nb.analysis.sweep import check_parameters
+    from chunk_grpo_nb.analysis.notebooks import check_parameters
 
     notebook = re.search(r"^notebook=(\S+)$", (ROOT / "ci/quickstart").read_text(), re.M)[1]
     assert (ROOT / notebook).is_file()

@@ -24,7 +24,7 @@ from chunk_grpo_nb.training.records import RunFolder, log_row, save_table
 
 def make_cell(folder, arm, seed, gain, key=None, prompts=5, hashes="abc", status="done"):
     """A finished cell of the arm notebook, in miniature: two images of each prompt."""
-    place = folder / "cells" / f"{arm}-seed={seed}"
+    place = folder / "trials" / f"{arm}-seed={seed}"
     run = RunFolder.create(
         place / "run",
         make_config(iterations=2, updates_per_iteration=2, seed=seed),
@@ -139,8 +139,8 @@ def test_records_survive_the_disk_and_the_runs(tmp_path):
 
 def test_unfinished_and_failed_cells_are_left_out(tmp_path):
     folder = make_sweep(tmp_path / "one")
-    (folder / "cells" / "steps-seed=0" / "result.json").unlink()
-    failed = folder / "cells" / "steps-seed=1" / "result.json"
+    (folder / "trials" / "steps-seed=0" / "result.json").unlink()
+    failed = folder / "trials" / "steps-seed=1" / "result.json"
     failed.write_text(json.dumps({"status": "failed", "seconds": 1, "key": "x", "error": "no"}))
     assert sorted(seed_means(collect_sweeps([folder]).rows, "r").value_counts("arm").items()) == [
         ("chunks", 3),
@@ -156,7 +156,7 @@ def test_unfinished_and_failed_cells_are_left_out(tmp_path):
         (
             lambda f: (
                 make_cell(f, "x", 7, 0),
-                (f / "cells/x-seed=7").rename(f / "cells/y"),
+                (f / "trials/x-seed=7").rename(f / "trials/y"),
                 make_cell(f, "x", 7, 0, key="other"),
             ),
             "with different parameters; rename one",
@@ -172,7 +172,7 @@ def test_cells_that_cannot_be_compared_are_refused(tmp_path, spoil, message):
 
 def test_another_base_model_is_refused(tmp_path):
     folder = make_sweep(tmp_path / "one")
-    table = folder / "cells" / "steps-seed=2" / "run" / "before.parquet"
+    table = folder / "trials" / "steps-seed=2" / "run" / "before.parquet"
     pd.read_parquet(table).assign(r=0.6).to_parquet(table, index=False)
     with pytest.raises(ValueError, match="before training scores differently by up to 0.1"):
         collect_sweeps([folder])
@@ -180,7 +180,7 @@ def test_another_base_model_is_refused(tmp_path):
 
 def test_folders_that_hold_nothing(tmp_path):
     folder = make_sweep(tmp_path / "deep" / "other")
-    (folder / "cells" / "steps-seed=0" / "run" / "summary.json").unlink()
+    (folder / "trials" / "steps-seed=0" / "run" / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match="cells of the experiment 02_arm"):
         collect_sweeps([folder])
     with pytest.raises(FileNotFoundError, match="neither records"):
@@ -196,7 +196,7 @@ def test_a_cell_of_two_sweeps_is_kept_once_and_compared(tmp_path):
         make_sweep(tmp_path / "one"),
         make_sweep(tmp_path / "two", arms=[("steps", 0.0)], seeds=[0]),
     )
-    table = second / "cells" / "steps-seed=0" / "run" / "after.parquet"
+    table = second / "trials" / "steps-seed=0" / "run" / "after.parquet"
     pd.read_parquet(table).assign(r=lambda t: t.r + 1e-3).to_parquet(table, index=False)
     records = collect_sweeps([first, second])
     assert records.facts["repeated_cells"] == [
@@ -320,7 +320,9 @@ def test_from_a_grid_to_verdicts(tmp_path):
     """A grid small enough to run here, through the arm notebook, the runner and the comparison notebook."""
     from pathlib import Path
 
-    from chunk_grpo_nb.analysis.sweep import load_sweep, run_notebook, run_sweep
+    from chunk_grpo_nb.analysis.notebooks import run_notebook
+    from chunk_grpo_nb.analysis.runner import run_sweep
+    from chunk_grpo_nb.analysis.sweep import load_sweep
 
     experiments = Path(__file__).resolve().parent.parent / "nbs" / "experiments"
     (tmp_path / "nbs").mkdir()

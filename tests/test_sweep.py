@@ -11,16 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from chunk_grpo_nb.analysis.sweep import (
-    check_parameters,
-    load_sweep,
-    notebook_parameters,
-    progress_text,
-    run_cell,
-    run_notebook,
-    run_sweep,
-    sweep_status,
-)
+from chunk_grpo_nb.analysis.notebooks import check_parameters, notebook_parameters, run_notebook
+from chunk_grpo_nb.analysis.runner import progress_text, run_sweep, run_trial
+from chunk_grpo_nb.analysis.sweep import load_sweep, sweep_status
 
 PARAMETERS = """seed: int = 0  # of everything random
 lr: float = 1e-3  # learning rate
@@ -127,10 +120,10 @@ def test_notebooks_that_cannot_be_launched(tmp_path):
         ("experiment: toy\ngrid: {seed: 3}", "axis 'seed' is 3"),
         ("experiment: toy\ngrid: {sed: [0]}", "no parameter 'sed'; did you mean 'seed'"),
         ("experiment: toy\narms: {a: {lr: 1e-3}}", "arm 'a'.*a float needs a dot"),
-        ("experiment: toy\ngrid: {seed: [1, 1]}", "duplicate cell"),
+        ("experiment: toy\ngrid: {seed: [1, 1]}", "duplicate trial"),
         (
             "experiment: toy\narms: {a: {lr: 1}, b: {lr: 1.0}}",
-            "duplicate cell: b-.* same parameters as a-",
+            "duplicate trial: b-.* same parameters as a-",
         ),
         ("experiment: toy\narms: {a: {seed: 1}}\ngrid: {seed: [1]}", "'seed' is set by the grid"),
         (
@@ -150,11 +143,11 @@ def test_a_missing_sweep_file_names_its_neighbour(checkout):
         load_sweep(checkout / "noize.yaml")
 
 
-def test_cell_keys_follow_the_parameters_and_the_defaults(checkout):
+def test_trial_keys_follow_the_parameters_and_the_defaults(checkout):
     text = "experiment: toy\narms: {a: {}, b: {lr: 0.5}}\ngrid: {seed: [0, 1]}"
     first, again = sweep(checkout, text), sweep(checkout, text)
-    assert [c.key for c in first.cells] == [c.key for c in again.cells]
-    assert [(c.arm, c.axes["seed"]) for c in first.cells] == [
+    assert [c.key for c in first.trials] == [c.key for c in again.trials]
+    assert [(c.arm, c.axes["seed"]) for c in first.trials] == [
         ("a", 0),
         ("a", 1),
         ("b", 0),
@@ -162,7 +155,7 @@ def test_cell_keys_follow_the_parameters_and_the_defaults(checkout):
     ]
     write(checkout / "nbs/experiments/toy.ipynb", "1", PARAMETERS.replace("1e-3", "2e-3"))
     changed = sweep(checkout, text)
-    assert [c.key == d.key for c, d in zip(first.cells, changed.cells)] == [
+    assert [c.key == d.key for c, d in zip(first.trials, changed.trials)] == [
         False,
         False,
         True,
@@ -183,12 +176,12 @@ def test_results_folders_that_are_not_one(checkout):
         run_sweep(grid, checkout / "new", jobs=0)
 
 
-def test_failures_are_listed_and_done_cells_are_not_run_again(checkout):
+def test_failures_are_listed_and_done_trials_are_not_run_again(checkout):
     grid = sweep(
         checkout, "experiment: toy\narms: {a: {}, dead: {name: die}}\ngrid: {seed: [0, 9]}"
     )
     grid = type(grid)(
-        grid.name, grid.notebook, grid.cells[:3]
+        grid.name, grid.notebook, grid.trials[:3]
     )  # a-0 works, a-9 raises, dead-0 kills its kernel
     seen = []
     status = run_sweep(grid, checkout / "out", jobs=2, report=seen.append)
@@ -200,17 +193,17 @@ def test_failures_are_listed_and_done_cells_are_not_run_again(checkout):
     executed = Path(status.folder[0], "toy.ipynb")
     stamp = executed.stat().st_mtime_ns
     assert (
-        run_cell(grid, grid.cells[0], checkout / "out") == "done"
+        run_trial(grid, grid.trials[0], checkout / "out") == "done"
         and executed.stat().st_mtime_ns == stamp
     )
-    assert run_cell(grid, grid.cells[1], checkout / "out") == "failed"
-    assert [p.name for p in (checkout / "out/attempts").iterdir()] == [grid.cells[1].name + ".1"]
+    assert run_trial(grid, grid.trials[1], checkout / "out") == "failed"
+    assert [p.name for p in (checkout / "out/attempts").iterdir()] == [grid.trials[1].name + ".1"]
 
 
-def test_a_kill_loses_the_running_cells_only(checkout):
+def test_a_kill_loses_the_running_trials_only(checkout):
     text = "experiment: toy\ngrid: {lr: [0.01, 600.0]}"
     grid = sweep(checkout, text)
-    code = f"from chunk_grpo_nb.analysis.sweep import *; run_sweep(load_sweep({str(checkout / 'grid.yaml')!r}), {str(checkout / 'out')!r}, jobs=1)"
+    code = f"from chunk_grpo_nb.analysis.runner import *; from chunk_grpo_nb.analysis.sweep import *; run_sweep(load_sweep({str(checkout / 'grid.yaml')!r}), {str(checkout / 'out')!r}, jobs=1)"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         start_new_session=True,
@@ -221,7 +214,7 @@ def test_a_kill_loses_the_running_cells_only(checkout):
     while sweep_status(grid, checkout / "out").status.tolist() != ["done", "running"]:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    assert run_cell(grid, grid.cells[1], checkout / "out") == "running", (
+    assert run_trial(grid, grid.trials[1], checkout / "out") == "running", (
         "a second runner leaves it alone"
     )
     os.killpg(process.pid, signal.SIGKILL)
@@ -232,14 +225,14 @@ def test_a_kill_loses_the_running_cells_only(checkout):
         time.sleep(0.2)
     assert "interrupted" in progress_text(sweep_status(grid, checkout / "out"))
     write(grid.notebook, "import pathlib; pathlib.Path(out_dir).mkdir(parents=True)")
-    assert run_sweep(grid, checkout / "out", jobs=1, report=lambda text: None).status.tolist() == [
-        "done",
-        "done",
-    ]
+    with pytest.raises(ValueError, match=r"all-lr=0.01.*changed since: notebook"):
+        run_sweep(grid, checkout / "out", jobs=1, report=lambda text: None)
+    again = run_sweep(grid, checkout / "out", 1, report=lambda text: None, outdated="rerun")
+    assert again.status.tolist() == ["done", "done"]
     assert Path(sweep_status(grid, checkout / "out").folder[1], "run").is_dir(), (
-        "out_dir lies in the cell's folder"
+        "out_dir lies in the trial's folder"
     )
-    assert len(list((checkout / "out/attempts").iterdir())) == 1
+    assert len(list((checkout / "out/attempts").iterdir())) == 2
 
 
 def test_nothing_is_overwritten_by_a_single_run(checkout):
