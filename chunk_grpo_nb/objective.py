@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ClipRange', 'chunk_mean', 'chunk_ratio', 'clipped_objective', 'step_coefficients', 'implied_step_weights',
-           'std_step_weights', 'kl_to_reference', 'Diagnostics', 'diagnose']
+           'std_step_weights', 'kl_to_reference', 'Diagnostics', 'diagnose', 'ClipShares', 'clip_shares']
 
 # %% ../nbs/maths/06_objective.ipynb #0f9abfea
 from dataclasses import dataclass
@@ -284,3 +284,27 @@ def diagnose(
             log_prob_shift=(log_probs - old_log_probs).abs().mean(0),
             zero_variance_share=flat_groups,
         )
+
+# %% ../nbs/maths/06_objective.ipynb #9be04d17
+@dataclass(frozen=True)
+class ClipShares:
+    """How many of the ratios at each place are cut by the clip range."""
+
+    low: Tensor  # (K,) share cut at 1 - clip_low (advantage < 0); NaN where nothing was selected
+    high: Tensor  # (K,) share cut at 1 + clip_high (advantage > 0)
+
+
+def clip_shares(
+    ratio: Tensor,  # (b, K) of chunks, or (b, steps)
+    advantages: Tensor,  # (b,) or shaped as ratio
+    clip_low: float,
+    clip_high: float,
+    mask: Tensor | None = None,  # bool, shaped as ratio: what is trained; default all
+) -> ClipShares:
+    """Share of the trained ratios whose gradient the clipping removes, at each chunk or step."""
+    mask = torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    cut_low = (ratio < 1 - clip_low) & (advantages < 0) & mask
+    cut_high = (ratio > 1 + clip_high) & (advantages > 0) & mask
+    counts = mask.sum(0)
+    return ClipShares(low=cut_low.sum(0) / counts, high=cut_high.sum(0) / counts)

@@ -20,6 +20,7 @@ from chunk_grpo_nb.chunking import (
 from chunk_grpo_nb.objective import (
     chunk_mean,
     chunk_ratio,
+    clip_shares,
     clipped_objective,
     diagnose,
     implied_step_weights,
@@ -535,3 +536,21 @@ def test_the_maths_imports_torch_only():
         "from chunk_grpo_nb import advantages, chunking, dynamics, objective, schedules, sde\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_clip_shares_say_where_the_gradient_is_lost():
+    ratio = torch.tensor([[0.8, 1.3, 1.3], [0.8, 0.8, 1.0]])
+    advantages = torch.tensor([1.0, -1.0])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    shares = clip_shares(ratio, advantages, 0.1, 0.2, mask)
+    assert shares.low.tolist() == [0.5, 0.5, 0.0]
+    assert shares.high.tolist() == [0.0, 0.5, 0.0]
+    leaf = ratio.clone().requires_grad_()
+    clipped_objective(leaf, advantages, (0.1, 0.2), mask=mask).backward()
+    lost = ((leaf.grad == 0) & mask).sum(0) / mask.sum(0)
+    assert torch.equal(lost, shares.low + shares.high)
+
+
+def test_clip_shares_are_unknown_where_nothing_is_trained():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert clip_shares(torch.ones(2, 3), torch.ones(2), 0.1, 0.1, nothing).low.isnan().all()

@@ -19,8 +19,14 @@ from torch import Tensor
 from .config import Config, flat, make_config
 from .assignment import Credit, assign_credit, chunking_report, update_batches
 from .evaluation import evaluate
-from ..chunking import make_chunker
-from ..objective import diagnose, kl_to_reference, step_coefficients
+from ..chunking import chunk_to_steps, make_chunker
+from chunk_grpo_nb.objective import (
+    chunk_ratio,
+    clip_shares,
+    diagnose,
+    kl_to_reference,
+    step_coefficients,
+)
 from ..advantages import zero_variance_share
 from ..models.policy import Policy, Sampler, check_replay, load_policy
 from ..prompts import load_prompts, packaged_prompts, prompt_batch
@@ -553,6 +559,29 @@ def _plain(value):
     return value
 
 
+def _clip_places(t: Trainer, credit: Credit, members, old, new) -> dict[str, Tensor]:
+    """Spread of the step ratios, and the shares that the clip range cuts, by chunk and by step."""
+    c, m = t.config.objective, torch.tensor(members)
+    chunk_ids, mask, trained = credit.chunk_ids[m], credit.mask[m], credit.trained[m]
+    ratio = chunk_ratio(new[m], old[m], chunk_ids, mask.shape[-1])
+    step_ratio = (new[m] - old[m]).exp()
+    advantages = credit.advantages[m]
+    if advantages.ndim == 2:
+        step_advantages = chunk_to_steps(advantages, chunk_ids)
+    else:
+        step_advantages = advantages
+    chunks = clip_shares(ratio, advantages, c.clip_low, c.clip_high, mask)
+    steps = clip_shares(step_ratio, step_advantages, c.clip_low, c.clip_high, trained)
+    squares = torch.where(trained, (step_ratio - 1).square(), 0).sum(0) / trained.sum(0)
+    return {
+        "step_ratio_spread": squares.sqrt(),
+        "clip_low_by_chunk": chunks.low,
+        "clip_high_by_chunk": chunks.high,
+        "clip_low_by_step": steps.low,
+        "clip_high_by_step": steps.high,
+    }
+
+
 def _log_update(
     t: Trainer, iteration, update, members, rewards, credit: Credit, old, new, facts
 ) -> None:
@@ -583,6 +612,7 @@ def _log_update(
         "clip_low": d.clip_low,
         "clip_high": d.clip_high,
         "log_prob_shift": (shift * trained).sum(0) / trained.sum(0),
+        **_clip_places(t, credit, members, old, new),
         **chunking_report(credit.drawn_ids, c.data.group_size),
         **{f"evaluations_{k}": v for k, v in t.evaluations.items()},
     }
