@@ -1388,6 +1388,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'chunk_grpo_nb/training/records.py'),
                                                 'chunk_grpo_nb.training.records.image_grid': ( 'training/records.html#image_grid',
                                                                                                'chunk_grpo_nb/training/records.py'),
+                                                'chunk_grpo_nb.training.records.last_row': ( 'training/records.html#last_row',
+                                                                                             'chunk_grpo_nb/training/records.py'),
                                                 'chunk_grpo_nb.training.records.list_checkpoints': ( 'training/records.html#list_checkpoints',
                                                                                                      'chunk_grpo_nb/training/records.py'),
                                                 'chunk_grpo_nb.training.records.load_checkpoint': ( 'training/records.html#load_checkpoint',

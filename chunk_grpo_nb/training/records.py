@@ -27,8 +27,9 @@ from chunk_grpo_nb.training.config import (
 )
 
 # %% auto #0
-__all__ = ['file_hash', 'run_manifest', 'RunFolder', 'log_row', 'read_rows', 'drop_rows_after', 'save_table', 'read_table',
-           'save_checkpoint', 'list_checkpoints', 'load_checkpoint', 'image_grid', 'save_images', 'same_conditions']
+__all__ = ['file_hash', 'run_manifest', 'RunFolder', 'log_row', 'read_rows', 'last_row', 'drop_rows_after', 'save_table',
+           'read_table', 'save_checkpoint', 'list_checkpoints', 'load_checkpoint', 'image_grid', 'save_images',
+           'same_conditions']
 
 # %% ../../nbs/training/02_records.ipynb #e09fc106
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -172,6 +173,19 @@ def log_row(run: RunFolder, row: dict, name: str = "metrics") -> None:
 def read_rows(run: RunFolder, name: str = "metrics") -> pd.DataFrame:
     "All rows of `NAME.jsonl` as a table, in order; empty if there are none."
     return pd.DataFrame(_read_jsonl(run.path / f"{name}.jsonl"))
+
+
+def last_row(run: RunFolder, name: str = "metrics") -> dict:
+    """The newest row of `NAME.jsonl`, read from its end: as fast for the millionth row."""
+    path = run.path / f"{name}.jsonl"
+    length, size = 4096, path.stat().st_size
+    with open(path, "rb") as file:
+        while True:
+            file.seek(max(0, size - length))
+            lines = file.read().splitlines()
+            if len(lines) > 1 or length >= size:
+                return json.loads(lines[-1])
+            length *= 2
 
 
 def drop_rows_after(

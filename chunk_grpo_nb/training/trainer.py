@@ -33,6 +33,7 @@ from ..prompts import load_prompts, packaged_prompts, prompt_batch
 from chunk_grpo_nb.training.records import (
     RunFolder,
     drop_rows_after,
+    last_row,
     list_checkpoints,
     load_checkpoint,
     log_row,
@@ -806,7 +807,7 @@ def train(
 
 def _progress(t: Trainer, bar, iteration: int, seconds: dict) -> None:
     log_row(t.run, {"iteration": iteration, **seconds}, "timings")
-    row = read_rows(t.run).iloc[-1]
+    row = last_row(t.run)
     bar.set_postfix(
         {
             **{k: f"{row[f'reward_{k}']:.3f}" for k in t.config.objective.rewards},
