@@ -28,7 +28,7 @@ def test_accelerate_accepts_the_configuration(path):
 
     config = load_config_from_file(str(path))  # refuses unknown keys
     assert config.num_processes == (1 if path.stem == "one_gpu" else 8 * config.num_machines)
-    assert config.policy.mixed_precision in (None, "no"), "precision belongs to the parameter file"
+    assert config.mixed_precision in (None, "no"), "precision belongs to the parameter file"
 
 
 def plugin_of(path: Path, monkeypatch):

@@ -1,9 +1,251 @@
-"""Records: what a run writes stays cheap to read while it grows."""
+"""Run folders: nothing is overwritten, nothing damaged is believed, rows and state go together."""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from chunk_grpo_nb.training import records
-from chunk_grpo_nb.training.records import RunFolder, last_row, log_row, read_rows
+from chunk_grpo_nb.training.config import Config, make_config
+from chunk_grpo_nb.training.records import (
+    ResumeChanges,
+    RunFolder,
+    check_resume,
+    count_rows,
+    find_checkpoint,
+    hash_inputs,
+    last_row,
+    list_checkpoints,
+    load_checkpoint,
+    lock_run,
+    log_row,
+    newest_checkpoint,
+    read_rows,
+    rewind,
+    run_manifest,
+    save_checkpoint,
+)
+
+NO_CHANGES = ResumeChanges({}, {})
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    manifest = run_manifest(Config(), hashed={"prompts": tmp_path / "prompts.txt"})
+    return RunFolder.create(tmp_path / "run", Config(), manifest)
+
+
+def iterate(run, iteration, checkpoint=True):
+    """What a training loop leaves behind in an iteration."""
+    for update in range(2):
+        log_row(run, {"iteration": iteration, "update": update})
+    log_row(run, {"iteration": iteration, "seconds": 1.0}, "timings")
+    if checkpoint:
+        state = {"model": torch.ones(100) * (iteration + 1), "done": iteration + 1}
+        return save_checkpoint(run, iteration + 1, state, keep=3)
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        content[len(content) // 2] ^= 4
+    elif how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = b""
+    path.write_bytes(content)
+    if how == "gone":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "gone"])
+def test_a_damaged_newest_is_reported_and_the_one_before_is_used(run, how):
+    paths = [iterate(run, i) for i in range(2)]
+    damage(paths[1], how)
+    with pytest.warns(UserWarning, match="iteration_000002.*trying the one before"):
+        found = newest_checkpoint(run)
+    assert found.iteration == 1 and found.state["done"] == 1
+    with pytest.raises((ValueError, FileNotFoundError), match="iteration_000002"):
+        find_checkpoint(run, paths[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*trying the one before")
+def test_checkpoints_that_are_all_gone_do_not_mean_start_over(run):
+    for i in range(2):
+        damage(iterate(run, i), "gone")
+    with pytest.raises(ValueError, match="no checkpoint can be read.*iteration_000001"):
+        newest_checkpoint(run)
+    assert len(read_rows(run)) == 4
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(run):
+    log_row(run, {"iteration": 0, "reward": 0.5}, "validation")
+    iterate(run, 0, checkpoint=False)
+    assert newest_checkpoint(run) is None
+    rewind(run, None, run.config, NO_CHANGES)
+    assert count_rows(run) == {"metrics": 0, "timings": 0, "validation": 0}
+
+
+def test_a_state_whose_index_was_not_written_does_not_count(run, monkeypatch):
+    iterate(run, 0)
+    iterate(run, 1, checkpoint=False)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("chunk_grpo_nb.training.records._write_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(run, 2, {"model": torch.ones(1)})
+    found = newest_checkpoint(run)
+    assert found.iteration == 1
+    rewind(run, found, run.config, NO_CHANGES)
+    assert count_rows(run) == {"metrics": 2, "timings": 1}
+    assert (run.path / "checkpoints/set_aside/iteration_000002.pt").exists()
+
+
+def test_rows_after_the_checkpoint_never_happened(run):
+    iterate(run, 0)
+    log_row(run, {"iteration": 1, "update": 0})
+    log_row(run, {"reward": 1}, "later")
+    with open(run.path / "timings.jsonl", "a") as f:
+        f.write('{"iteration": 1, "sec')
+    rewind(run, newest_checkpoint(run), run.config, NO_CHANGES)
+    iterate(run, 1)
+    assert read_rows(run)["iteration"].tolist() == [0, 0, 1, 1]
+    assert read_rows(run, "timings")["iteration"].tolist() == [0, 1]
+    assert len(read_rows(run, "later")) == 0
+
+
+def test_rows_that_are_missing_are_named(run):
+    iterate(run, 0)
+    (run.path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        with pytest.warns(UserWarning, match="0 rows, but 2"):
+            newest_checkpoint(run)
+
+
+def test_resuming_from_an_older_one_sets_the_newer_aside(run):
+    paths = [iterate(run, i) for i in range(3)]
+    rewind(run, find_checkpoint(run, paths[0]), run.config, NO_CHANGES)
+    assert list_checkpoints(run) == paths[:1]
+    assert newest_checkpoint(run).iteration == 1  # cut again here: not the stale third one
+    assert sorted(p.name for p in (run.path / "checkpoints/set_aside").iterdir()) == [
+        "iteration_000002.pt",
+        "iteration_000003.pt",
+    ]
+
+
+def test_old_checkpoints_are_removed_with_their_parts(run):
+    folder = run.path / "checkpoints"
+    for i in (1, 2, 3):
+        (folder / f"part_{i}").mkdir()
+        (folder / f"part_{i}" / "weights").write_text(str(i))
+        save_checkpoint(run, i, {"done": i}, keep=2, parts=[f"part_{i}"])
+    assert sorted(p.name for p in folder.glob("part_*")) == ["part_2", "part_3"]
+    (folder / "part_3" / "weights").write_text("4")
+    with pytest.raises(ValueError, match="part_3 is damaged"):
+        load_checkpoint(folder / "iteration_000003.pt")
+
+
+@pytest.mark.parametrize("state", [{}, [1, 2], {"done": 1}])
+def test_a_file_that_is_no_checkpoint_gets_words(tmp_path, state):
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of a run: it has no .*model"):
+        load_checkpoint(tmp_path / "x.pt", needs=("done", "model"))
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    class Bad:
+        def __reduce__(self):
+            return os.system, ("touch executed",)
+
+    torch.save(Bad(), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(run, monkeypatch):
+    before = iterate(run, 0)
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("enforce fail: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="untouched"):
+        iterate(run, 1)
+    assert list_checkpoints(run) == [before]
+    assert newest_checkpoint(run).iteration == 1 and not list(run.path.rglob("*.tmp"))
+
+
+def test_one_process_writes(run):
+    code = (
+        "import sys; from chunk_grpo_nb.training.records import *\n"
+        "lock_run(RunFolder.open(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    with lock_run(run):
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert "is being written by another process" in second.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_changed_inputs_are_refused_with_both_hashes(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("another prompt\n")
+    hashes = hash_inputs({"prompts": tmp_path / "prompts.txt", "model": "some/hub-id"})
+    then = run.manifest["hashes"]["prompts"]
+    with pytest.raises(ValueError, match=f"{then}, now {hashes['prompts']}"):
+        check_resume(run, run.config, hashes)
+    changes = check_resume(run, run.config, hashes, allow_changed_inputs=True)
+    rewind(run, None, run.config, changes)
+    assert run.manifest["resumed"][0]["inputs"] == {"prompts": [then, hashes["prompts"]]}
+
+
+def test_more_iterations_are_written_down_or_refused(run):
+    longer = make_config(iterations=99)
+    changes = check_resume(run, longer, {})
+    rewind(run, None, longer, changes)
+    assert run.config == longer and run.manifest["resumed"][0]["settings"]["iterations"] == [40, 99]
+    for stretched in ({"lr_schedule": "cosine"}, {"selection": "anneal"}):
+        run.save_config(make_config(stretched))
+        with pytest.raises(ValueError, match="iterations was 40, now 99.*stretched"):
+            check_resume(run, make_config(stretched, longer), {})
+
+
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("run", "holds a run already"),
+        ("prompts.txt", "is not a folder"),
+        ("prompts.txt/new", "is not a folder"),
+        ("x" * 300, "cannot be a run folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused_untouched(run, tmp_path, place, words):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match=words):
+        RunFolder.check_free(tmp_path / place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_home_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = RunFolder.create("~/run", Config(), {})
+    assert run.path == tmp_path / "run"
+
+
+def test_a_damaged_manifest_is_named(run):
+    (run.path / "manifest.json").write_text("{" * 3)
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        _ = run.manifest
+    (run.path / "metrics.jsonl").write_text(json.dumps({"a": 1}) + "\n" + "oops\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2"):
+        read_rows(run)
 
 
 @pytest.mark.parametrize("words", [1, 5_000])

@@ -19,7 +19,7 @@ import yaml
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'setting', 'PolicySettings', 'DataSettings', 'SamplingSettings', 'ObjectiveSettings',
            'OptimisationSettings', 'RunSettings', 'Config', 'flat', 'make_config', 'read_yaml', 'load_config',
-           'save_config', 'settings_table']
+           'save_config', 'resume_changes', 'settings_table']
 
 # %% ../../nbs/training/01_config.ipynb #e2c1161d
 SCHEMA_VERSION = 2  # of this list of settings; 1 had `step_weights` beside `ratio`
@@ -35,10 +35,11 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    may_change: bool = False,  # whether a run may be resumed with another value
 ) -> Any:
     """A dataclass field with its explanation and the rule that its values must obey."""
     rule = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"help": help, "choices": choices, "rule": rule}
+    metadata = {"help": help, "choices": choices, "rule": rule, "may_change": may_change}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -144,7 +145,7 @@ class PolicySettings(_Group):
     gradient_checkpointing: bool = setting(
         False, "trade time for memory in the transformer's backward pass"
     )
-    device: str = setting("auto", "where to train", choices=("auto", "cpu"))
+    device: str = setting("auto", "where to train", choices=("auto", "cpu"), may_change=True)
     offload_text: bool = setting(False, "text encoders on the CPU except while they encode")
     vae_tiling: bool = setting(False, "decode large images in tiles")
     store_on: str | None = setting(
@@ -193,7 +194,9 @@ class SamplingSettings(_Group):
     width: int | None = setting(
         None, "pixels; None keeps the pipeline's own", at_least=1, at_most=65_536
     )
-    rollout_batch: int = setting(0, "images per pipeline call; 0 = all at once", at_least=0)
+    rollout_batch: int = setting(
+        0, "images per pipeline call; 0 = all at once", at_least=0, may_change=True
+    )
 
     def check(self) -> None:
         """The kind of transition must take the noise level at every noise of the schedule."""
@@ -305,7 +308,7 @@ def _check_rewards(objective: ObjectiveSettings) -> None:
 class OptimisationSettings(_Group):
     """How much, how fast, in which portions."""
 
-    iterations: int = setting(40, "rollouts", at_least=0, at_most=10_000_000)
+    iterations: int = setting(40, "rollouts", at_least=0, at_most=10_000_000, may_change=True)
     updates_per_iteration: int = setting(
         2, "batches that an iteration's images are split into, an update each", at_least=1
     )
@@ -324,7 +327,10 @@ class OptimisationSettings(_Group):
         0.0, "of the moving average of the weights; 0 = none", at_least=0, below=1
     )
     micro_batch: int = setting(
-        0, "(image, step) rows per transformer call; 0 = as many as an update has", at_least=0
+        0,
+        "(image, step) rows per transformer call; 0 = as many as an update has",
+        at_least=0,
+        may_change=True,
     )
 
 
@@ -333,11 +339,17 @@ class RunSettings(_Group):
     """Seed, cadence, records."""
 
     seed: int = setting(0, "of prompts, noise and draws", at_least=0)
-    validate_every: int = setting(10, "iterations; 0 = never", at_least=0)
-    validation_images: int = setting(48, "prompts watched, one image each", at_least=1)
-    checkpoint_every: int = setting(10, "iterations; 0 = only at the end", at_least=0)
-    keep_checkpoints: int = setting(2, "older ones are removed", at_least=1)
-    track: str | None = setting(None, "log through accelerate too", choices=(None, "tensorboard"))
+    validate_every: int = setting(10, "iterations; 0 = never", at_least=0, may_change=True)
+    validation_images: int = setting(
+        48, "prompts watched, one image each", at_least=1, may_change=True
+    )
+    checkpoint_every: int = setting(
+        10, "iterations; 0 = only at the end", at_least=0, may_change=True
+    )
+    keep_checkpoints: int = setting(2, "older ones are removed", at_least=1, may_change=True)
+    track: str | None = setting(
+        None, "log through accelerate too", choices=(None, "tensorboard"), may_change=True
+    )
     schema: int = setting(SCHEMA_VERSION, "version of this list of settings")
 
     def check(self) -> None:
@@ -561,6 +573,23 @@ def save_config(config: Config, path: str | Path) -> None:
         lines = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         parts.append(f"# {group}\n{lines}")
     Path(path).write_text("\n".join(parts), encoding="utf-8")
+
+# %% ../../nbs/training/01_config.ipynb #2ceb5f0b
+def resume_changes(then: Config, now: Config) -> dict[str, tuple]:
+    """Name -> (then, now) of settings that differ. Raises ValueError for those that must not."""
+    old, new = flat(then), flat(now)
+    changed = {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+    kinds = {f.name: f for group in _GROUPS.values() for f in fields(group)}
+    refused = {name for name in changed if not kinds[name].metadata["may_change"]}
+    why = ""
+    stretched = now.optimisation.lr_schedule != "constant" or now.objective.selection == "anneal"
+    if "iterations" in changed and stretched:
+        refused.add("iterations")
+        why = " (lr_schedule and annealed selection are stretched over all iterations)"
+    if refused:
+        words = [f"{name} was {old[name]!r}, now {new[name]!r}" for name in sorted(refused)]
+        raise ValueError(f"cannot resume with other settings: {', '.join(words)}{why}")
+    return changed
 
 # %% ../../nbs/training/01_config.ipynb #ffc900f3
 def settings_table() -> list[dict[str, str]]:

@@ -10,9 +10,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,42 +24,38 @@ import chunk_grpo_nb
 from chunk_grpo_nb.training.config import (
     SCHEMA_VERSION,
     Config,
-    flat,
     load_config,
-    make_config,
+    resume_changes,
     save_config,
 )
 
 # %% auto #0
-__all__ = ['file_hash', 'run_manifest', 'RunFolder', 'log_row', 'read_rows', 'last_row', 'drop_rows_after', 'save_table',
-           'read_table', 'save_checkpoint', 'list_checkpoints', 'load_checkpoint', 'image_grid', 'save_images',
-           'same_conditions']
+__all__ = ['file_hash', 'hash_inputs', 'run_manifest', 'RunFolder', 'lock_run', 'log_row', 'read_rows', 'last_row',
+           'drop_rows_after', 'count_rows', 'save_table', 'read_table', 'save_checkpoint', 'list_checkpoints',
+           'load_checkpoint', 'Checkpoint', 'newest_checkpoint', 'find_checkpoint', 'ResumeChanges', 'check_resume',
+           'rewind', 'image_grid', 'save_images']
 
 # %% ../../nbs/training/02_records.ipynb #e09fc106
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
-def _git(*args) -> str | None:
-    "Output of a git command about the checkout that holds this library, None outside one."
+def _git(*args: str) -> str | None:
+    """Output of a git command about the checkout that holds this library, None outside one."""
+    folder = Path(chunk_grpo_nb.__file__).parent
     try:
-        out = subprocess.run(
-            ["git", *args],
-            capture_output=True,
-            text=True,
-            cwd=Path(chunk_grpo_nb.__file__).parent,
-            timeout=10,
-        )
+        out = subprocess.run(["git", *args], capture_output=True, text=True, cwd=folder, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() if out.returncode == 0 else None
 
 # %% ../../nbs/training/02_records.ipynb #32ccd9a6
 def file_hash(path: str | Path) -> str:
-    "First 16 hex digits of the SHA-256 of a file, or of a folder's files with their relative names, in order."
+    """First 16 hex digits of the SHA-256 of a file, or of a folder's files with their names."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         raise FileNotFoundError(f"nothing to hash at {path}")
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
         if path.is_dir():
             digest.update(file.relative_to(path).as_posix().encode())
         with open(file, "rb") as f:
@@ -63,115 +63,162 @@ def file_hash(path: str | Path) -> str:
                 digest.update(block)
     return digest.hexdigest()[:16]
 
+
+def hash_inputs(inputs: Mapping[str, str | Path]) -> dict[str, str]:
+    """Name -> hash of each path; one that is not there, such as a hub id, is kept as a name."""
+    return {
+        name: file_hash(path) if Path(path).exists() else f"not local: {path}"
+        for name, path in inputs.items()
+    }
+
 # %% ../../nbs/training/02_records.ipynb #d1521ca2
 def run_manifest(
-    config: Config, device: str = "cpu", hashed: dict[str, str | Path] | None = None
-) -> dict:
-    """What a result depends on besides the config: versions, commit, hardware, seed, and hashes of the `hashed` files
-    (name -> path; a path that does not exist locally, such as a hub id, is kept as a name)."""
+    config: Config,
+    device: str = "cpu",
+    hashed: Mapping[str, str | Path] | None = None,  # name -> path of what the run reads
+) -> dict[str, Any]:
+    """What a result depends on besides the config: versions, commit, hardware, seed, hashes."""
     import torch
 
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    hashes = {
-        name: file_hash(p) if Path(p).exists() else f"not local: {p}"
-        for name, p in (hashed or {}).items()
-    }
-    gpu = (
-        torch.cuda.get_device_name()
-        if device.startswith("cuda") and torch.cuda.is_available()
-        else None
-    )
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     dirty = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "schema": SCHEMA_VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(dirty) if dirty is not None else None,
-        "device": gpu or device,
+        "device": torch.cuda.get_device_name() if on_gpu else device,
         "threads": torch.get_num_threads(),
-        "hashes": hashes,
+        "hashes": hash_inputs(hashed or {}),
         "seed": config.run.seed,
     }
 
 # %% ../../nbs/training/02_records.ipynb #3bcffb3a
-def _read_jsonl(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            if number == len(lines):
-                break  # a line cut off when the run was killed
-            raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
-    return rows
-
-
-def _write_atomically(path: Path, write) -> None:
-    "Call `write(temporary path)`, then rename: readers see the old file or the new one, never half of one."
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write(temporary path)`, bring it to disk, rename it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {e}; what was there before is untouched") from e
 
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    _write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged, it is not JSON: {e}") from e
+
 # %% ../../nbs/training/02_records.ipynb #cc740cbd
 class RunFolder:
-    "One run on disk. `create` starts one, `open` reads one."
+    """One run on disk. `create` starts one, `open` reads one."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
+
+    @staticmethod
+    def check_free(path: str | Path) -> None:
+        """Refuse a folder that holds a run, or that cannot be made or written. Changes nothing."""
+        path = Path(path).expanduser()
+        try:
+            taken = (path / "config.yaml").exists()
+        except OSError as e:
+            raise OSError(f"{path} cannot be a run folder: {e.strerror}; choose another") from e
+        if taken:
+            raise FileExistsError(
+                f"{path} holds a run already; resume it, or choose another folder"
+            )
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{path} cannot be made: {existing} is not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(f"{path} cannot be made: {existing} is not writable")
 
     @classmethod
-    def create(cls, path: str | Path, config: Config, manifest: dict) -> RunFolder:
-        "Start a run folder; one that holds a run already is refused (resume it instead, or choose another)."
+    def create(cls, path: str | Path, config: Config, manifest: Mapping) -> RunFolder:
+        """Start a run folder; one that holds a run already is refused."""
+        cls.check_free(path)
         run = cls(path)
-        if (run.path / "config.yaml").exists():
-            raise FileExistsError(
-                f"{run.path} holds a run already; resume it, or choose another out_dir"
-            )
-        for sub in ("samples", "checkpoints"):
-            (run.path / sub).mkdir(parents=True, exist_ok=True)
-        (run.path / "manifest.json").write_text(
-            json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
-        )
-        save_config(config, run.path / "config.yaml")
+        for folder in ("samples", "checkpoints"):
+            (run.path / folder).mkdir(parents=True, exist_ok=True)
+        _write_json(run.path / "manifest.json", manifest)
+        run.save_config(config)
         return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        "An existing run; a folder without config and manifest is refused by name."
+        """An existing run; a folder without config and manifest is refused by name."""
         run = cls(path)
         for name in ("config.yaml", "manifest.json"):
             if not (run.path / name).is_file():
                 raise FileNotFoundError(f"{run.path} is not a run folder: it has no {name}")
         return run
 
+    def save_config(self, config: Config) -> None:
+        """Write the settings."""
+        _write_atomically(self.path / "config.yaml", lambda path: save_config(config, path))
+
     @property
     def config(self) -> Config:
-        "The settings the run was started with."
+        """The settings of the run."""
         return load_config(self.path / "config.yaml")
 
     @property
-    def manifest(self) -> dict:
-        "What else its results depend on, as written at the start."
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+    def manifest(self) -> dict[str, Any]:
+        """What else its results depend on."""
+        return _read_json(self.path / "manifest.json")
+
+# %% ../../nbs/training/02_records.ipynb #c4d4179c
+def lock_run(run: RunFolder):
+    """The lock of a run, held: release it with `.release()`, or use it as a context manager.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(run.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(
+            f"{run.path} is being written by another process; wait for it, or stop it"
+        ) from None
+    return lock
 
 # %% ../../nbs/training/02_records.ipynb #f2a995dc
-def log_row(run: RunFolder, row: dict, name: str = "metrics") -> None:
-    "Append one row to `NAME.jsonl`. Values must be plain numbers, strings, or lists of them."
+def _read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file, in order; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
+    return rows
+
+
+def log_row(run: RunFolder, row: Mapping, name: str = "metrics") -> None:
+    """Append one row to `NAME.jsonl`. Values are plain numbers, strings, or lists of them."""
     with open(run.path / f"{name}.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
 
 
 def read_rows(run: RunFolder, name: str = "metrics") -> pd.DataFrame:
-    "All rows of `NAME.jsonl` as a table, in order; empty if there are none."
+    """All rows of `NAME.jsonl` as a table, in order; empty if there are none."""
     return pd.DataFrame(_read_jsonl(run.path / f"{name}.jsonl"))
 
 
@@ -187,105 +234,291 @@ def last_row(run: RunFolder, name: str = "metrics") -> dict:
                 return json.loads(lines[-1])
             length *= 2
 
+# %% ../../nbs/training/02_records.ipynb #00d7a976
+def _write_rows(path: Path, rows: Iterable[Mapping]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    _write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
 
 def drop_rows_after(
     run: RunFolder, iteration: int, names: Iterable[str] = ("metrics", "timings")
 ) -> None:
-    "Keep only rows of iterations up to and including `iteration`: what a resumed run starts from."
+    """Keep only rows of iterations up to and including `iteration`."""
     for name in names:
-        file = run.path / f"{name}.jsonl"
-        keep = [r for r in _read_jsonl(file) if r["iteration"] <= iteration]
-        _write_atomically(
-            file,
-            lambda p, keep=keep: p.write_text(
-                "".join(json.dumps(r) + "\n" for r in keep), encoding="utf-8"
-            ),
-        )
+        path = run.path / f"{name}.jsonl"
+        _write_rows(path, [r for r in _read_jsonl(path) if r["iteration"] <= iteration])
+
+
+def count_rows(run: RunFolder) -> dict[str, int]:
+    """Name -> number of rows of every `NAME.jsonl`, brought to disk."""
+    counts = {}
+    for path in sorted(run.path.glob("*.jsonl")):
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            counts[path.stem] = sum(line.endswith(b"\n") for line in f)
+    return counts
 
 # %% ../../nbs/training/02_records.ipynb #7b4c7576
 def save_table(run: RunFolder, name: str, table: pd.DataFrame) -> Path:
-    "Write `NAME.parquet` atomically."
+    """Write `NAME.parquet` atomically."""
     path = run.path / f"{name}.parquet"
-    _write_atomically(path, lambda p: table.to_parquet(p, index=False))
+    _write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
     return path
 
 
 def read_table(run: RunFolder, name: str) -> pd.DataFrame:
-    "Read `NAME.parquet`; a missing one is refused with the names that are there."
+    """Read `NAME.parquet`; a missing one is refused with the names that are there."""
     path = run.path / f"{name}.parquet"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{run.path} has no table {name!r}; it has {sorted(p.stem for p in run.path.glob('*.parquet'))}"
-        )
+        names = sorted(p.stem for p in run.path.glob("*.parquet"))
+        raise FileNotFoundError(f"{run.path} has no table {name!r}; it has {names}")
     return pd.read_parquet(path)
 
-# %% ../../nbs/training/02_records.ipynb #07ccadc7
-def save_checkpoint(run: RunFolder, iteration: int, state: dict, keep: int = 2) -> Path:
-    "Write `state` (tensors and plain values) as the state after `iteration`, then remove all but the newest `keep`."
+# %% ../../nbs/training/02_records.ipynb #e6ff8840
+def _checkpoint_index(run: RunFolder) -> dict[str, dict]:
+    """File name -> checksum, parts and row counts of each finished checkpoint, oldest first."""
+    path = run.path / "checkpoints" / "index.json"
+    return dict(sorted(_read_json(path).items())) if path.exists() else {}
+
+
+def _write_index(run: RunFolder, index: Mapping[str, dict]) -> None:
+    _write_json(run.path / "checkpoints" / "index.json", index)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_state(temporary: Path, state: Mapping) -> None:
+    """`torch.save`, whose report of a full disk is an OSError like any other."""
     import torch
 
-    path = run.path / "checkpoints" / f"iteration_{iteration:06d}.pt"
+    try:
+        torch.save(state, temporary)
+    except RuntimeError as e:
+        raise OSError(str(e)) from e
 
-    def write(temporary):
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as e:
-            raise OSError(str(e)) from e  # torch reports a full disk as a RuntimeError
+# %% ../../nbs/training/02_records.ipynb #07ccadc7
+def save_checkpoint(
+    run: RunFolder,
+    iteration: int,
+    state: Mapping,  # tensors and plain values
+    keep: int = 2,  # the newest so many stay
+    parts: Sequence[str] = (),  # names of files or folders beside it that belong to it
+) -> Path:
+    """Write the state after `iteration`, with checksums and row counts, and remove older ones.
 
-    _write_atomically(path, write)
-    for old in list_checkpoints(run)[:-keep]:
-        old.unlink()
+    Raises OSError where the disk is full; the checkpoints before are untouched then.
+    """
+    folder = run.path / "checkpoints"
+    path = folder / f"iteration_{iteration:06d}.pt"
+    _write_atomically(path, lambda temporary: _write_state(temporary, state))
+    index = _checkpoint_index(run)
+    index[path.name] = {
+        "iteration": iteration,
+        "hash": file_hash(path),
+        "parts": {name: file_hash(folder / name) for name in parts},
+        "rows": count_rows(run),
+    }
+    old = sorted(index)[:-keep]
+    removed = {name: index.pop(name) for name in old}
+    _write_index(run, index)
+    for name, entry in removed.items():
+        for part in (name, *entry["parts"]):
+            _remove(folder / part)
     return path
 
 
 def list_checkpoints(run: RunFolder) -> list[Path]:
-    "Checkpoint files, oldest first."
-    return sorted((run.path / "checkpoints").glob("iteration_*.pt"))
+    """Files of finished checkpoints that are there, oldest first."""
+    paths = [run.path / "checkpoints" / name for name in _checkpoint_index(run)]
+    return [path for path in paths if path.is_file()]
+
+# %% ../../nbs/training/02_records.ipynb #5396ff08
+def _check_hashes(path: Path) -> None:
+    """Refuse a checkpoint that is not what was written, as far as an index beside it knows."""
+    index_file = path.with_name("index.json")
+    entry = _read_json(index_file).get(path.name) if index_file.exists() else None
+    if entry is None:
+        return
+    for name, expected in {path.name: entry["hash"], **entry["parts"]}.items():
+        part = path.with_name(name)
+        found = file_hash(part) if part.exists() else "nothing"
+        if found != expected:
+            raise ValueError(
+                f"{part} is damaged: written with hash {expected}, there is {found}; "
+                "use an earlier checkpoint"
+            )
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    "Read a checkpoint onto the CPU; an unreadable file is refused by name."
+def load_checkpoint(path: str | Path, needs: Iterable[str] = ()) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU. Raises ValueError for one that is damaged.
+
+    `needs` names the keys that must be there.
+    """
     import torch
 
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    _check_hashes(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint {path}") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
+        reason = str(e).strip().split("\n")[0][:200]
         raise ValueError(
-            f"{path} is not a readable checkpoint ({type(e).__name__}: {e}); use an earlier one"
+            f"{path} is not a readable checkpoint ({type(e).__name__}: {reason}); "
+            "use an earlier one"
         ) from e
+    missing = sorted(set(needs) - set(state if isinstance(state, dict) else ()))
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of a run: it has no {', '.join(missing)}")
+    return state
+
+# %% ../../nbs/training/02_records.ipynb #07980bd5
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state to go on from."""
+
+    path: Path
+    iteration: int  # iterations that were done when it was written
+    state: dict[str, Any]
+    rows: dict[str, int]  # table -> rows it had then
+
+
+def _read_checkpoint(run: RunFolder, path: Path, needs: Iterable[str]) -> Checkpoint:
+    """A checkpoint with its row counts; refused where rows have gone since."""
+    entry = _checkpoint_index(run).get(path.name)
+    if entry is None or path.parent.resolve() != (run.path / "checkpoints").resolve():
+        raise ValueError(f"{path} is not among the finished checkpoints of {run.path}")
+    state, found = load_checkpoint(path, needs), count_rows(run)
+    for name, rows in entry["rows"].items():
+        if found.get(name, 0) < rows:
+            raise ValueError(
+                f"{run.path / name}.jsonl has {found.get(name, 0)} rows, but {rows} "
+                f"when {path.name} was written; bring them back, or use an earlier checkpoint"
+            )
+    return Checkpoint(path, entry["iteration"], state, entry["rows"])
+
+
+def newest_checkpoint(run: RunFolder, needs: Iterable[str] = ()) -> Checkpoint | None:
+    """The newest checkpoint that is sound; None where none was ever finished.
+
+    Warns of damaged ones. Raises ValueError where none of the finished ones is left.
+    """
+    names = list(_checkpoint_index(run))
+    for name in reversed(names):
+        try:
+            return _read_checkpoint(run, run.path / "checkpoints" / name, needs)
+        except (FileNotFoundError, ValueError) as e:
+            warnings.warn(f"{e}; trying the one before", stacklevel=2)
+    if names:
+        raise ValueError(
+            f"{run.path}: no checkpoint can be read (there were {', '.join(names)}); "
+            "bring one back, or start again in another folder"
+        )
+    return None
+
+
+def find_checkpoint(
+    run: RunFolder, which: bool | str | Path = True, needs: Iterable[str] = ()
+) -> Checkpoint | None:
+    """The newest checkpoint (True), or the one at a path."""
+    if which is True:
+        return newest_checkpoint(run, needs)
+    return _read_checkpoint(run, Path(which).expanduser(), needs)
+
+# %% ../../nbs/training/02_records.ipynb #87471710
+@dataclass(frozen=True)
+class ResumeChanges:
+    """What differs from the run as it was: name -> (then, now)."""
+
+    settings: dict[str, tuple]
+    inputs: dict[str, tuple]  # hashes of prompts and weights
+
+
+def check_resume(
+    run: RunFolder,
+    config: Config,
+    hashes: Mapping[str, str],  # of what the run reads now, see `hash_inputs`
+    allow_changed_inputs: bool = False,
+) -> ResumeChanges:
+    """What a resume changes. Raises ValueError where it would not be the same run."""
+    try:
+        settings = resume_changes(run.config, config)
+    except ValueError as e:
+        raise ValueError(f"{run.path}: {e}") from e
+    then = run.manifest["hashes"]
+    inputs = {name: (then[name], now) for name, now in hashes.items() if then.get(name, now) != now}
+    if inputs and not allow_changed_inputs:
+        words = [f"{name} had hash {old}, now {new}" for name, (old, new) in inputs.items()]
+        raise ValueError(
+            f"{run.path}: cannot resume with other inputs: {', '.join(words)}; "
+            "bring the old ones back, or allow changed inputs"
+        )
+    return ResumeChanges(settings, inputs)
+
+# %% ../../nbs/training/02_records.ipynb #0a1cf3d6
+def _set_aside(run: RunFolder, later_than: int) -> None:
+    """Move checkpoints after an iteration, and unfinished ones, where no resume finds them."""
+    folder = run.path / "checkpoints"
+    index = _checkpoint_index(run)
+    kept = {name: e for name, e in index.items() if e["iteration"] <= later_than}
+    if kept != index:
+        _write_index(run, kept)
+    known = {"index.json", "set_aside", *kept, *(p for e in kept.values() for p in e["parts"])}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known:
+            (folder / "set_aside").mkdir(exist_ok=True)
+            _remove(folder / "set_aside" / path.name)
+            os.replace(path, folder / "set_aside" / path.name)
+
+
+def rewind(
+    run: RunFolder, checkpoint: Checkpoint | None, config: Config, changes: ResumeChanges
+) -> None:
+    """Bring the folder to the state of a checkpoint (None: to the beginning).
+
+    Later rows are cut off, later checkpoints moved to `checkpoints/set_aside`; what the resume
+    changes is written to config and manifest. It may be killed at any point and done again.
+    """
+    done = checkpoint.iteration if checkpoint else 0
+    _set_aside(run, done)
+    for name in count_rows(run):
+        rows = checkpoint.rows.get(name, 0) if checkpoint else 0
+        path = run.path / f"{name}.jsonl"
+        _write_rows(path, _read_jsonl(path)[:rows])
+    if changes.settings or changes.inputs:
+        manifest = run.manifest
+        entry = {"iteration": done, "settings": changes.settings, "inputs": changes.inputs}
+        manifest["resumed"] = [*manifest.get("resumed", []), entry]
+        _write_json(run.path / "manifest.json", manifest)
+        run.save_config(config)
 
 # %% ../../nbs/training/02_records.ipynb #d05dbd08
 def image_grid(images: Sequence, columns: int, tile: int = 96, gap: int = 4):
-    "A PIL image: `images` row by row, each scaled to `tile` pixels (nearest neighbour when enlarging)."
+    """A PIL image: `images` row by row, scaled to `tile` pixels (enlarged without smoothing)."""
     from PIL import Image
 
     if not images:
         raise ValueError("image_grid: no images")
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (tile + gap) - gap, rows * (tile + gap) - gap), "white")
+    step = tile + gap
+    grid = Image.new("RGB", (columns * step - gap, rows * step - gap), "white")
     for i, image in enumerate(images):
-        method = Image.Resampling.NEAREST if image.width <= tile else Image.Resampling.LANCZOS
-        grid.paste(
-            image.convert("RGB").resize((tile, tile), method),
-            ((i % columns) * (tile + gap), (i // columns) * (tile + gap)),
-        )
+        smaller = image.width > tile
+        method = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
+        scaled = image.convert("RGB").resize((tile, tile), method)
+        grid.paste(scaled, ((i % columns) * step, (i // columns) * step))
     return grid
 
 
 def save_images(run: RunFolder, name: str, images: Sequence, columns: int) -> Path:
-    "Write a grid as `samples/NAME.png`."
+    """Write a grid as `samples/NAME.png`."""
     path = run.path / "samples" / f"{name}.png"
     image_grid(images, columns).save(path)
     return path
-
-# %% ../../nbs/training/02_records.ipynb #835854fa
-def same_conditions(a: RunFolder, b: RunFolder, apart_from: Sequence[str] = ("seed",)) -> list[str]:
-    "Names of the settings and hashes in which two runs differ, apart from those expected to: an empty list means comparable."
-    x, y = flat(a.config), flat(b.config)
-    settings = [k for k in x if k not in apart_from and x[k] != y[k]]
-    hashes = {**a.manifest["hashes"], **b.manifest["hashes"]}
-    return settings + [
-        f"hash of {k}" for k in hashes if a.manifest["hashes"].get(k) != b.manifest["hashes"].get(k)
-    ]
