@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Run the family checks on tiny random pipelines and print the README's support table in Markdown.
 
-    python ci/support_table.py [flux sd3 ...]        # all families by default; exit status 1 if any check failed
+    python ci/support_table.py [flux sd3 ...]    # all families by default
 
-The checks are those of tests/test_families.py (defined in tests/tiny.py). A cell shows what the check measured, or what failed.
+The exit status is 1 if any check failed. The checks are those of tests/test_families.py (defined in
+tests/tiny.py). A cell shows what the check measured, or what failed.
 """
 
 from __future__ import annotations
@@ -50,24 +51,21 @@ def main(names: list[str]) -> int:
         results = [run(name, check) for check in CHECKS.values()]
         passed &= all(ok for ok, _ in results)
         classes = f"`{type(policy.pipe).__name__}`, `{type(policy.transformer).__name__}`"
-        print(
-            "| "
-            + " | ".join(
-                [
-                    policy.family.name,
-                    f"`{name}`",
-                    classes,
-                    GUIDANCE[policy.family.combine.__name__],
-                    *(text for _, text in results),
-                ]
-            )
-            + " |",
-            flush=True,
-        )
+        row = [
+            policy.family.name,
+            f"`{name}`",
+            classes,
+            GUIDANCE[policy.family.combine.__name__],
+            *(text for _, text in results),
+        ]
+        print(f"| {' | '.join(row)} |", flush=True)
     print(
-        f"\nOn tiny random pipelines, CPU, float32, torch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}. Numbers: relative error of the "
-        "velocity in shuffled (image, step) pairs; relative error of the gradient against finite differences of the stock loop; largest |Δ log-prob| in "
-        "shuffled pairs (in the rollout's own batch shape both are exactly 0); largest change of a latent after one LoRA update."
+        "\nOn tiny random pipelines, CPU, float32, torch "
+        f"{torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}. Numbers: relative "
+        "error of the velocity in shuffled (image, step) pairs; relative error of the gradient "
+        "against finite differences of the stock loop; largest |Δ log-prob| in shuffled pairs (in "
+        "the rollout's own batch shape both are exactly 0); largest change of a latent after one "
+        "LoRA update."
     )
     return 0 if passed else 1
 

@@ -1,4 +1,4 @@
-"""Advantages: one reward, several rewards, another weighting for each chunk, and the rewards that are refused."""
+"""Advantages: one reward, several rewards, a weighting for each chunk, and refused rewards."""
 
 import pytest
 import torch
@@ -153,9 +153,11 @@ def test_sum_is_the_advantage_of_the_weighted_sum():
 
 def test_gdpo_ignores_the_scale_of_a_reward_and_sum_does_not():
     a, b, groups = random_rewards(0), random_rewards(1), torch.arange(12) // 4
-    combine = lambda how, scale: combined_advantages(
-        {"a": a, "b": scale * b}, groups, {"a": 1.0, "b": 1.0}, how, eps=0
-    )
+
+    def combine(how, scale):
+        rewards, weights = {"a": a, "b": scale * b}, {"a": 1.0, "b": 1.0}
+        return combined_advantages(rewards, groups, weights, how, eps=0)
+
     torch.testing.assert_close(combine("gdpo", 1.0), combine("gdpo", 1000.0))
     assert (combine("sum", 1.0) - combine("sum", 1000.0)).abs().max() > 0.3
 

@@ -1,4 +1,4 @@
-"""Chunkings: representation, the adaptive rule, least squares, the online chunker, weighted draws."""
+"""Chunkings: representation, adaptive rule, least squares, online chunker, weighted draws."""
 
 import itertools
 
@@ -190,7 +190,10 @@ def test_adaptive_refuses_bad_options(options):
 @pytest.mark.parametrize("min_size", [1, 2])
 def test_segments_are_the_best_of_all_cuts(min_size):
     curve, k = torch.rand(9, generator=generator(), dtype=torch.float64), 3
-    cost = lambda sizes: sum((part - part.mean()).square().sum() for part in curve.split(sizes))
+
+    def cost(sizes):
+        return sum((part - part.mean()).square().sum() for part in curve.split(sizes))
+
     every = [[a, b - a, 9 - b] for a, b in itertools.combinations(range(1, 9), 2)]
     best = min((sizes for sizes in every if min(sizes) >= min_size), key=cost)
     assert chunk_sizes_from_ids(segment_chunks(curve, k, min_size)) == best

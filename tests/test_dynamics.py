@@ -106,7 +106,9 @@ def by_loops(curves, groups):
     step = n * ((curves.mean(0) - curves.mean()) ** 2).sum()
     means = {int(g): curves[groups == g].mean(0) for g in ids}
     between = sum(((means[int(g)] - curves.mean(0)) ** 2).sum() for g in groups)
-    within = sum(((curve - means[int(g)]) ** 2).sum() for curve, g in zip(curves, groups))
+    within = sum(
+        ((curve - means[int(g)]) ** 2).sum() for curve, g in zip(curves, groups, strict=True)
+    )
     torch.testing.assert_close(step + between + within, total)
     return float(step / total), float((between - (len(ids) - 1) * within / (n - len(ids))) / total)
 

@@ -1,4 +1,7 @@
-"""Every family of pipelines passes the same checks on a tiny random pipeline; what cannot be replayed is refused with the reason."""
+"""Every family of pipelines passes the same checks on a tiny random pipeline.
+
+What cannot be replayed is refused with the reason.
+"""
 
 import pytest
 import torch

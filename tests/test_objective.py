@@ -1,4 +1,7 @@
-"""The chunk objective: values by hand, gradients, the identity with weighted step-level GRPO, streaming, KL, diagnostics."""
+"""The chunk objective: values by hand, gradients, streaming, KL, diagnostics.
+
+And the identity with weighted step-level GRPO.
+"""
 
 import math
 import subprocess
@@ -159,9 +162,11 @@ def test_one_chunk_is_sequence_level(clip):
         draw(6, 5, seed=1, scale=0.2),
         draw(6, seed=2),
     )
-    sequence = lambda lp: step_level_loss(
-        lp.mean(1, keepdim=True), old.mean(1, keepdim=True), advantages, clip
-    )
+
+    def sequence(values):
+        means = values.mean(1, keepdim=True), old.mean(1, keepdim=True)
+        return step_level_loss(*means, advantages, clip)
+
     torch.testing.assert_close(
         chunk_loss(log_probs, old, SEQUENCE, advantages, clip), sequence(log_probs)
     )
@@ -328,7 +333,7 @@ def test_streamed_coefficients_are_the_gradient(seed, per_chunk, masked, weighte
 
 
 def test_rows_of_a_batch_that_lack_its_last_chunk():
-    """A micro-batch of differently chunked trajectories has the width of the whole batch, not of its own rows."""
+    """A micro-batch of differently chunked trajectories has the width of the whole batch."""
     log_probs, old, advantages, mask = (
         draw(4, 5, scale=0.01),
         draw(4, 5, seed=1, scale=0.01),
@@ -401,14 +406,17 @@ def test_streaming_a_network_one_step_at_a_time():
     ).double()
     inputs, advantages, old = draw(6, 16, 3), draw(6, seed=1), draw(6, 16, seed=2, scale=0.1)
     ids = random_chunking(4)
-    log_probs = lambda x: 0.2 * network(x)[..., 0]
+
+    def log_probs(x):
+        return 0.2 * network(x)[..., 0]
+
     whole = torch.autograd.grad(
         chunk_loss(log_probs(inputs), old, ids, advantages, 0.05), list(network.parameters())
     )
     coefficients = step_coefficients(log_probs(inputs).detach(), old, ids, advantages, 0.05)
     for step in range(16):  # the memory of one step
         (coefficients[:, step] * log_probs(inputs[:, step])).sum().backward()
-    for parameter, expected in zip(network.parameters(), whole):
+    for parameter, expected in zip(network.parameters(), whole, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -531,9 +539,12 @@ def test_the_maths_imports_torch_only():
         "import sys\n"
         "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in {'diffusers', 'transformers', 'accelerate', 'peft', 'pandas', 'matplotlib', 'scipy'}: raise ImportError(name)\n"
+        "        heavy = 'diffusers transformers accelerate peft pandas matplotlib scipy'\n"
+        "        if name.split('.')[0] in heavy.split():\n"
+        "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
         "from chunk_grpo_nb import advantages, chunking, dynamics, objective, schedules, sde\n"
+        "from chunk_grpo_nb import trust_regions\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

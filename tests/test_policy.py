@@ -1,9 +1,13 @@
-"""The policy: recording and replay, precision, reference, text, files, bad input. Families are tested in test_families."""
+"""The policy: recording and replay, precision, reference, text, files, bad input.
+
+Families are tested in test_families.
+"""
 
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import (
     PROMPTS,
     SEEDS,
@@ -18,12 +22,22 @@ from tiny import (
     tiny_sampler,
 )
 
+import chunk_grpo_nb.models.policy as policy_module
+from chunk_grpo_nb.models.adapters import LORA_FILE, LoraSize, read_lora_file
+from chunk_grpo_nb.models.pipelines import flow_scheduler
 from chunk_grpo_nb.models.policy import Policy, ReplayError, Sampler, check_replay, load_policy
-from chunk_grpo_nb.models.recording import flow_scheduler
+from chunk_grpo_nb.models.sampler import window_steps
 from chunk_grpo_nb.models.tiny import tiny_pipeline
+from chunk_grpo_nb.objective import kl_to_reference
 from chunk_grpo_nb.schedules import sigma_schedule
 
 quiet()
+
+
+def same_weights(one: Policy, two: Policy) -> bool:
+    """Whether two policies have the same trained weights, bit for bit."""
+    pairs = zip(one.trainable_parameters(), two.trainable_parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +168,6 @@ def test_bfloat16_keeps_float32_states_and_log_probs(how):
     assert not torch.equal(drawn.latents[:, 1], drawn.latents[:, 1].bfloat16().float())
     assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
     equal, single = check_replay(policy, drawn), check_replay(policy, drawn, batch=1)
-    print(
-        f"bfloat16 {how}: |Δ log_prob| {equal['log_prob_error']:.1e} in the rollout's batch shape, {single['log_prob_error']:.1e} one image at a time"
-    )
     assert equal["log_prob_error"] == 0 and single["log_prob_error"] < 5e-3
     assert policy.decode(drawn)[0].size == (8, 8)
 
@@ -219,12 +230,7 @@ def test_hybrid_inference_ends_with_the_base():
 
 def test_lora_starts_as_the_base_and_depends_on_its_seed():
     one, two, three = (tiny_policy("flux", lora_rank=2, seed=seed) for seed in (0, 0, 1))
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.trainable_parameters(), two.trainable_parameters())
-    )
-    assert not all(
-        torch.equal(a, b) for a, b in zip(one.trainable_parameters(), three.trainable_parameters())
-    )
+    assert same_weights(one, two) and not same_weights(one, three)
     plain = tiny_sampler(kind="ode")
     with one.reference():
         base = draw(one, plain).final
@@ -259,10 +265,7 @@ def test_full_weights_load_in_plain_diffusers(tmp_path):
     assert same_images(stock_images(policy, "flux", stock), images)
     fresh = tiny_policy("flux")
     fresh.load_weights(tmp_path)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(fresh.trainable_parameters(), policy.trainable_parameters())
-    )
+    assert same_weights(fresh, policy)
 
 
 def test_lora_in_stock_flux_is_in_the_family_checks():
@@ -398,3 +401,277 @@ def test_guidance_that_stops_along_the_way_is_refused(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "Lumina2Pipeline", cut)
     with pytest.raises(ReplayError, match="truncation"):
         draw(tiny_policy("lumina2", lora_rank=2), tiny_sampler("lumina2"))
+
+
+# -- schedules that miss their ends by rounding --
+
+
+@pytest.mark.parametrize("shift", [1.18, 1.32])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sana", "lumina2", "z-image"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_first_level_that_is_almost_one_acts_as_one(name, shift, own):
+    pipe = tiny_pipeline(name)
+    if own:  # the pipeline's own schedule has the shift
+        settings = {"shift": shift, "flow_shift": shift, "use_dynamic_shifting": False}
+        known = {key: value for key, value in settings.items() if key in pipe.scheduler.config}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **known)
+    policy = tiny_policy(name, pipe=pipe, lora_rank=2)
+    options = {} if own else {"shift": shift}
+    drawn = draw(policy, tiny_sampler(name, **options))
+    first = policy.sampled(drawn, torch.arange(3), torch.zeros(3).long())
+    torch.testing.assert_close(first.std.flatten(), torch.full((3,), 0.7))
+    assert drawn.latents.abs().max() < 100
+    assert check_replay(policy, drawn)["ratio_error"] == 0
+    if own:
+        plain = draw(policy, tiny_sampler(name, kind="ode"))
+        assert torch.equal(plain.final, stock_images(policy, name, output_type="latent"))
+
+
+# -- a window of noise --
+
+
+def test_a_window_of_steps_has_noise_and_the_rest_is_the_ode(flux):
+    window = tiny_sampler(sde_steps=window_steps(5, 1, 2))
+    assert window.stochastic == (False, True, True, False)
+    drawn, plain, full = (
+        draw(flux, window),
+        draw(flux, tiny_sampler(kind="ode")),
+        draw(flux, tiny_sampler()),
+    )
+    assert torch.equal(drawn.latents[:, :2], plain.latents[:, :2])  # ODE steps of the pipeline
+    for step in (0, 3, 4):
+        x, v = drawn.latents[:, step], drawn.velocities[:, step]
+        stride = drawn.sigmas[step + 1] - drawn.sigmas[step]
+        assert torch.equal(drawn.latents[:, step + 1], x + v * stride)
+    assert drawn.log_probs.isnan().tolist() == [[True, False, False, True]] * 3
+    report = check_replay(flux, drawn)
+    assert report["log_prob_error"] == 0 and report["gradient_norm"] > 0
+
+    def noise(recording, step):
+        rows = torch.arange(3)
+        transition = flux.sampled(recording, rows, torch.full_like(rows, step))
+        return (recording.latents[:, step + 1] - transition.mean) / transition.std
+
+    torch.testing.assert_close(noise(drawn, 1), noise(full, 1), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="step 3 was taken without noise"):
+        flux.log_prob(drawn, torch.tensor([0]), torch.tensor([3]))
+
+
+def test_a_window_of_all_steps_is_the_plain_rollout(flux, recording):
+    every = draw(flux, tiny_sampler(sde_steps=(True,) * 4))
+    assert torch.equal(every.latents, recording.latents)
+    none = draw(flux, tiny_sampler(sde_steps=(False,) * 4))
+    assert torch.equal(none.latents, draw(flux, tiny_sampler(kind="ode")).latents)
+    assert none.log_probs.shape == (3, 0)
+
+
+@pytest.mark.parametrize("start, size", [(-1, 2), (0, 0), (3, 2), (0, 5)])
+def test_windows_that_do_not_fit_are_refused(start, size):
+    with pytest.raises(ValueError, match="does not fit the 4 trained steps"):
+        window_steps(5, start, size)
+
+
+# -- what the old policy was --
+
+
+def test_the_sampled_transition_is_that_of_the_rollout(flux, recording):
+    rows, steps = all_pairs(recording)
+    old = flux.sampled(recording, rows, steps)
+    following = recording.latents[rows, steps + 1]
+    torch.testing.assert_close(old.log_prob(following), recording.log_probs[rows, steps])
+    found = flux.log_prob(recording, rows, steps)
+    torch.testing.assert_close(found.mean, old.mean, rtol=1e-4, atol=1e-5)
+    assert kl_to_reference(found.mean, old.mean, old.std).abs().max() < 1e-6
+
+
+# -- weights that are not finite --
+
+
+@pytest.mark.parametrize("keep_calls", [True, False])
+def test_nan_weights_are_refused_by_sample_with_step_and_sample(keep_calls):
+    policy = tiny_policy("flux", lora_rank=2)
+    policy.trainable_parameters()[0].data[0] = float("nan")
+    for kind in ("flow", "ode"):
+        with pytest.raises(FloatingPointError, match="sample 0 .*red circle.*step 0 are not"):
+            draw(policy, tiny_sampler(kind=kind), keep_calls=keep_calls)
+
+
+def test_nan_that_comes_later_is_named_by_its_step(flux, monkeypatch):
+    policy, calls = tiny_policy("flux", lora_rank=2), []
+
+    def spoil(module, args, output):
+        calls.append(1)
+        if len(calls) == 3:
+            output[0][1] = float("inf")
+        return output
+
+    handle = policy.transformer.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="sample 1 .*step 2 are not finite"):
+        draw(policy, tiny_sampler())
+    handle.remove()
+
+
+def test_decode_refuses_what_is_not_finite(flux, recording):
+    bad = recording.final.clone()
+    bad[1, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="sample 1"):
+        flux.decode(bad, height=8, width=8)
+    policy = tiny_policy("flux", lora_rank=2)
+    next(policy.pipe.vae.decoder.parameters()).data[:] = float("inf")
+    with pytest.raises(FloatingPointError, match="sample 0 .*pixels"):
+        policy.decode(recording)
+
+
+def test_nan_velocities_do_not_pass_the_check_of_a_run(recording):
+    policy = tiny_policy("flux", lora_rank=2)
+    policy.trainable_parameters()[0].data[0] = float("nan")
+    with pytest.raises(ReplayError, match="velocity_error is nan"):
+        check_replay(policy, recording)
+
+
+# -- a limit on the batch --
+
+
+def test_a_batch_limit_is_kept(flux, monkeypatch):
+    sizes, call = [], policy_module.record
+
+    def counting(pipe, text, *args, **options):
+        sizes.append(len(text.prompts))
+        return call(pipe, text, *args, **options)
+
+    monkeypatch.setattr(policy_module, "record", counting)
+    parts = draw(flux, tiny_sampler(), keep_calls=False, batch=2)
+    assert sizes == [2, 1] and parts.prompts == PROMPTS
+    whole = draw(flux, tiny_sampler(), keep_calls=False)
+    torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
+    assert len(flux.decode(parts, batch=2)) == 3
+    with pytest.raises(ValueError, match="batch=2 for 3 images"):
+        draw(flux, tiny_sampler(), batch=2)
+    with pytest.raises(ValueError, match="batch=0"):
+        draw(flux, tiny_sampler(), keep_calls=False, batch=0)
+
+
+# -- LoRA strength and files --
+
+
+def test_lora_strength_is_twice_the_rank_everywhere(tmp_path):
+    policy = tiny_policy("flux", lora_rank=3)
+    assert policy.transformer.peft_config["default"].lora_alpha == 6
+    policy.save(tmp_path)
+    assert read_lora_file(tmp_path / LORA_FILE).size == LoraSize(3, 6)
+    tiny_policy("flux", lora_rank=3, lora_alpha=6).load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
+def test_a_lora_without_strength_is_refused(alpha):
+    with pytest.raises(ValueError, match="lora_alpha="):
+        tiny_policy("flux", lora_rank=2, lora_alpha=alpha)
+
+
+@pytest.mark.parametrize("rank", [-1, 1.5, True])
+def test_odd_ranks_are_refused(rank):
+    with pytest.raises(ValueError, match="lora_rank="):
+        tiny_policy("flux", lora_rank=rank)
+
+
+def test_a_file_of_another_strength_or_rank_is_refused_naming_both(tmp_path):
+    tiny_policy("flux", lora_rank=2, lora_alpha=5).save(tmp_path)
+    both = "has lora_rank=2, lora_alpha=5, this policy has lora_rank=2, lora_alpha=3"
+    with pytest.raises(ValueError, match=both):
+        tiny_policy("flux", lora_rank=2, lora_alpha=3).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="lora_rank=2, lora_alpha=5.*lora_rank=4, lora_alpha=8"):
+        tiny_policy("flux", lora_rank=4).load_weights(tmp_path)
+
+
+def test_a_file_without_metadata_counts_as_diffusers_counts_it(tmp_path):
+    policy = tiny_policy("flux", lora_rank=2, lora_alpha=2)
+    disturb(policy)
+    policy.save(tmp_path)
+    weights = load_file(tmp_path / LORA_FILE)
+    save_file(weights, tmp_path / LORA_FILE)  # no metadata: alpha = rank
+    tiny_policy("flux", lora_rank=2, lora_alpha=2).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="lora_alpha=2, this policy has lora_rank=2, lora_alpha=4"):
+        tiny_policy("flux", lora_rank=2).load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model.", "lora_unet_", "unet."])
+def test_keys_of_another_trainer_are_named_by_their_prefix(tmp_path, prefix):
+    policy = tiny_policy("flux", lora_rank=2)
+    policy.save(tmp_path)
+    weights = load_file(tmp_path / LORA_FILE)
+    renamed = {prefix + name.removeprefix("transformer."): v for name, v in weights.items()}
+    save_file(renamed, tmp_path / LORA_FILE)
+    with pytest.raises(ValueError, match=f"prefix '{prefix}', expected 'transformer.'"):
+        policy.load_weights(tmp_path)
+
+
+def test_a_broken_lora_file_is_named(tmp_path):
+    (tmp_path / LORA_FILE).write_bytes(b"not safetensors at all")
+    with pytest.raises(ValueError, match="cannot be read"):
+        tiny_policy("flux", lora_rank=2).load_weights(tmp_path)
+
+
+def test_reference_leaves_a_second_frozen_adapter_frozen():
+    from peft import LoraConfig
+
+    policy = tiny_policy("flux", lora_rank=2)
+    policy.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+    policy.transformer.set_adapters(["default", "style"])
+    for name, p in policy.transformer.named_parameters():
+        p.requires_grad_(".default." in name)
+    before = [p.requires_grad for p in policy.transformer.parameters()]
+    with policy.reference():
+        pass
+    assert [p.requires_grad for p in policy.transformer.parameters()] == before
+    assert not any(
+        p.requires_grad for name, p in policy.transformer.named_parameters() if ".style." in name
+    )
+
+
+# -- limits and bad input --
+
+
+def test_a_call_with_more_prompts_than_the_cache_keeps(monkeypatch):
+    policy = tiny_policy("flux", lora_rank=2)
+    policy.text.size = 1
+    drawn = draw(policy, tiny_sampler())
+    assert drawn.prompts == PROMPTS and len(policy.text.known) == 1
+    assert check_replay(policy, drawn)["velocity_error"] == 0
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"num_steps": 1}, "num_steps=1"),
+        ({"num_steps": 1e18}, "num_steps="),
+        ({"num_steps": 2.5}, "num_steps=2.5"),
+        ({"kind": "vp"}, "kind='vp'"),
+        ({"noise_level": -0.1}, "noise_level=-0.1"),
+        ({"noise_level": float("nan")}, "noise_level=nan"),
+        ({"kind": "cps", "noise_level": 2.0}, "noise_level=2.0"),
+        ({"shift": 0.0}, "shift=0.0"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
+        ({"height": -16}, "height=-16"),
+        ({"width": 0}, "width=0"),
+        ({"sde_steps": (True,)}, "sde_steps has 1"),
+    ],
+)
+def test_settings_that_no_rollout_has_are_refused_at_once(options, name):
+    with pytest.raises(ValueError, match=name):
+        Sampler(**options)
+
+
+def test_devices_and_paths_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match="device='warp'"):
+        load_policy(tiny_pipeline("flux"), device="warp")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_policy("x" * 300)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_policy("~/no/such/folder")
+    tiny_pipeline("flux").save_pretrained(tmp_path)
+    (tmp_path / "world.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="world.json is not JSON"):
+        load_policy(str(tmp_path))
+    with pytest.raises(ValueError, match="one prompt per image"):
+        tiny_policy("flux").sample("a red circle", tiny_sampler(), [1], [2])

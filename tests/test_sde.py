@@ -1,6 +1,7 @@
 """The SDE step: formulas, marginals, precision, singular ends, and refusals."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -164,7 +165,7 @@ def test_noise_level_zero_reproduces_the_scheduler_of_diffusers(kind, gen):
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 17, 17).tolist())
     mixture = GaussianMixture(torch.randn(3, 8, generator=gen), std=0.3)
     theirs = start = torch.randn(5, 8, generator=gen)
-    for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps):
+    for sigma, timestep in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
         theirs = scheduler.step(
             mixture.velocity(theirs, sigma), timestep, theirs, return_dict=False
         )[0]
@@ -256,14 +257,17 @@ def test_one_batch_may_mix_trained_and_silent_rows_and_still_has_gradients(gen):
 
 
 def final_spread(kind, steps, std=0.5):
-    """Spread of the final samples over the true one, exactly: for Gaussian data every step is linear."""
+    """Spread of the final samples over the true one, exactly.
+
+    For Gaussian data every step is linear.
+    """
     data, x, variance = (
         GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), std),
         torch.ones(1, 1, dtype=torch.float64),
         1.0,
     )
     sigmas = sigma_schedule(steps, dtype=torch.float64)
-    for a, b in zip(sigmas[:-1], sigmas[1:]):
+    for a, b in itertools.pairwise(sigmas):
         step = sde_step(data.velocity(x, a), x, a, b, 0.7, kind)
         variance = step.mean.item() ** 2 * variance + step.std.item() ** 2
     return math.sqrt(variance) / std

@@ -1,4 +1,7 @@
-"""Policies on tiny random pipelines, and the checks that every family of pipelines must pass (tests and the support table share them)."""
+"""Policies on tiny random pipelines, and the checks that every family of pipelines must pass.
+
+Tests and the support table share them.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ import warnings
 
 import torch
 
+from chunk_grpo_nb.models.pipelines import flow_scheduler
 from chunk_grpo_nb.models.policy import Policy, Recording, Sampler, check_replay, load_policy
-from chunk_grpo_nb.models.recording import flow_scheduler
 from chunk_grpo_nb.models.tiny import TINY, TINY_SIZE, tiny_embeddings, tiny_pipeline
 
 PROMPTS = ["a red circle", "a red circle", "two blue square and a green circle"]
@@ -16,9 +19,12 @@ SEEDS = {"init_seeds": [1, 2, 3], "noise_seeds": [4, 5, 6]}
 FAMILIES = list(TINY)
 
 
-def tiny_policy(name: str = "flux", prompts=PROMPTS, **options) -> Policy:
-    """A fresh policy on a fresh tiny pipeline; prompts get embeddings where the pipeline has no text encoder."""
-    policy = load_policy(tiny_pipeline(name), **options)
+def tiny_policy(name: str = "flux", prompts=PROMPTS, pipe=None, **options) -> Policy:
+    """A fresh policy on a tiny pipeline.
+
+    Prompts get embeddings where the pipeline has no text encoder.
+    """
+    policy = load_policy(pipe or tiny_pipeline(name), **options)
     if policy.pipe.tokenizer is None:
         dtype = policy.transformer.dtype
         for prompt in dict.fromkeys(prompts):
@@ -40,7 +46,10 @@ def draw(policy: Policy, sampler: Sampler, **options) -> Recording:
 
 
 def stock_images(policy: Policy, name: str, pipe=None, output_type: str = "pil", **options):
-    """What the stock pipeline draws with a FlowMatchEuler scheduler: same embeddings, same generators, no code of ours in its loop."""
+    """What the stock pipeline draws with a FlowMatchEuler scheduler.
+
+    Same embeddings, same generators, no code of ours in its loop.
+    """
     pipe, sampler = pipe or policy.pipe, tiny_sampler(name)
     stock, pipe.scheduler = pipe.scheduler, flow_scheduler(pipe)
     guidance = sampler.guidance(pipe)
@@ -62,7 +71,7 @@ def stock_images(policy: Policy, name: str, pipe=None, output_type: str = "pil",
 
 
 def same_images(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b))
+    return [image.tobytes() for image in a] == [image.tobytes() for image in b]
 
 
 def disturb(policy: Policy, scale: float = 0.05, seed: int = 0) -> None:
@@ -81,11 +90,11 @@ def all_pairs(recording: Recording) -> tuple[torch.Tensor, torch.Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-# -- checks of a family: each raises AssertionError or returns a short note -------------------------------------------------------
+# -- checks of a family: each raises AssertionError or returns a short note --
 
 
 def check_noise_free_sampling(name: str) -> str:
-    """With noise level 0, the recorder gives the stock pipeline's latents and images, bit for bit."""
+    """With noise level 0, the recorder gives the stock pipeline's latents and images exactly."""
     policy = tiny_policy(name, lora_rank=2)
     stock = stock_images(policy, name)
     for options in ({"noise_level": 0.0}, {"kind": "ode"}):
@@ -102,7 +111,10 @@ def check_noise_free_sampling(name: str) -> str:
 
 
 def check_replay_equals_recording(name: str) -> str:
-    """Replay gives the recorded velocity at the rollout's batch shape exactly, at others up to rounding; gradients flow."""
+    """Replay gives the recorded velocity exactly at the rollout's batch shape, and gradients.
+
+    At other batch shapes up to rounding.
+    """
     policy = tiny_policy(name, lora_rank=2)
     recording = draw(policy, tiny_sampler(name))
     report = check_replay(policy, recording)
@@ -121,7 +133,10 @@ def check_replay_equals_recording(name: str) -> str:
 
 
 def check_gradient(name: str) -> str:
-    """The derivative of the replayed velocity is that of the velocity the pipeline computes: finite differences of two rollouts."""
+    """The derivative of the replayed velocity is that of the pipeline's own.
+
+    By finite differences of two rollouts.
+    """
     policy = tiny_policy(name, lora_rank=2)
     disturb(policy)
     parameters, sampler = policy.trainable_parameters(), tiny_sampler(name)
@@ -132,14 +147,15 @@ def check_gradient(name: str) -> str:
     found = torch.autograd.grad(
         (velocity * weights).sum(), parameters, allow_unused=True
     )  # Qwen-Image drops the last block's text output
-    parameters, grads = zip(*[(p, g) for p, g in zip(parameters, found) if g is not None])
+    moving = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+    grads = [g for _, g in moving]
     norm = torch.cat([g.flatten() for g in grads]).norm()
     moved = []
     for sign in (1, -1):
-        for p, g in zip(parameters, grads):
+        for p, g in moving:
             p.data += sign * 5e-4 * g / norm
         moved.append((draw(policy, sampler).velocities[:, 0].double() * weights).sum())
-        for p, g in zip(parameters, grads):
+        for p, g in moving:
             p.data -= sign * 5e-4 * g / norm
     slope = (moved[0] - moved[1]) / 1e-3  # a small step: Sana's attention has kinks (ReLU)
     error = abs(slope / norm - 1).item()
@@ -148,7 +164,10 @@ def check_gradient(name: str) -> str:
 
 
 def check_ratio_is_one(name: str) -> str:
-    """Before any update every ratio is 1: exactly at the rollout's batch shape, within 1e-5 for shuffled pairs."""
+    """Before any update every ratio is 1, within 1e-5 for shuffled pairs.
+
+    Exactly at the rollout's batch shape.
+    """
     policy = tiny_policy(name, lora_rank=2)
     recording = draw(policy, tiny_sampler(name))
     everyone = torch.arange(len(recording))
@@ -162,7 +181,10 @@ def check_ratio_is_one(name: str) -> str:
 
 
 def check_update_changes_image(name: str) -> str:
-    """One LoRA update on a policy-gradient loss moves every image; the reference still draws the old ones, exactly."""
+    """One LoRA update on a policy-gradient loss moves every image.
+
+    The reference still draws the old ones, exactly.
+    """
     policy = tiny_policy(name, lora_rank=2)
     plain, recording = tiny_sampler(name, kind="ode"), draw(policy, tiny_sampler(name))
     before = draw(policy, plain).final
@@ -182,7 +204,7 @@ def check_update_changes_image(name: str) -> str:
 
 
 def check_lora_loads_in_stock(name: str) -> str:
-    """The saved LoRA, loaded into a stock pipeline by `load_lora_weights`, draws the trained images."""
+    """The saved LoRA, loaded into a stock pipeline, draws the trained images."""
     policy = tiny_policy(name, lora_rank=2, lora_alpha=3)
     disturb(policy)
     images = policy.decode(draw(policy, tiny_sampler(name, kind="ode")))

@@ -296,9 +296,9 @@ def pipeline_shape(
     "The shape of a pipeline, without loading it."
     if model in SHAPES:
         return SHAPES[model]
-    from chunk_grpo_nb.models.policy import _folder_of
+    from chunk_grpo_nb.models.pipelines import pipeline_folder
 
-    folder = _folder_of(model)
+    folder = pipeline_folder(model)
     if folder is None:
         raise ValueError(
             f"model = {model!r}: its configuration is not known offline. Known are {', '.join(SHAPES)}; or download it and give its folder"
