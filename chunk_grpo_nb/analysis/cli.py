@@ -397,7 +397,7 @@ def _add_record_commands(add) -> None:
         "run",
         _run,
         "run a notebook with checked parameters, or list them",
-        "chunk-grpo run nbs/experiments/01_main.ipynb runs/main.ipynb -p seed 1",
+        "chunk-grpo run nbs/experiments/01_headline.ipynb runs/headline.ipynb -p seed 1",
     )
     p.add_argument("notebook", help="notebook with a parameters cell")
     p.add_argument(
