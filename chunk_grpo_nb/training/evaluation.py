@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..prompts import Prompt
-from .rollout import group_seeds
+from .rollout import check_finite, group_seeds
 
 # %% auto #0
 __all__ = ['edge_density', 'colour_entropy', 'group_diversity', 'evaluate', 'Interval', 'bootstrap_interval', 'paired_difference',
@@ -20,13 +20,13 @@ __all__ = ['edge_density', 'colour_entropy', 'group_diversity', 'evaluate', 'Int
 
 # %% ../../nbs/training/07_evaluation.ipynb #a789e241
 def edge_density(image) -> float:
-    "Mean absolute difference of neighbouring pixels, in [0, 1]: high for texture and noise, low for flat areas."
+    """Mean absolute difference of neighbouring pixels, in [0, 1]: high for texture and noise."""
     x = np.asarray(image.convert("L"), dtype=np.float64) / 255
     return float((np.abs(np.diff(x, axis=0)).mean() + np.abs(np.diff(x, axis=1)).mean()) / 2)
 
 
 def colour_entropy(image, bins: int = 8) -> float:
-    "Entropy in bits of the joint colour histogram with `bins` levels per channel: 0 for one flat colour."
+    """Entropy in bits of the joint colour histogram, `bins` levels per channel; 0 for one colour."""
     q = np.asarray(image.convert("RGB"), dtype=np.int64) * bins // 256
     counts = np.bincount((q[..., 0] * bins + q[..., 1]).ravel() * bins + q[..., 2].ravel())
     p = counts[counts > 0] / counts.sum()
@@ -34,7 +34,10 @@ def colour_entropy(image, bins: int = 8) -> float:
 
 
 def group_diversity(images: Sequence) -> float:
-    "Mean root-mean-square pixel distance over all pairs of images of one prompt, in [0, 1]; 0 means they are all the same. NaN for one image."
+    """Mean root-mean-square pixel distance over all pairs of images of one prompt, in [0, 1].
+
+    0 means that they are all the same; NaN for one image.
+    """
     x = np.stack([np.asarray(i.convert("RGB"), dtype=np.float64).ravel() / 255 for i in images])
     if len(x) < 2:
         return float("nan")
@@ -42,6 +45,19 @@ def group_diversity(images: Sequence) -> float:
     return float(np.sqrt(squared[np.triu_indices(len(x), 1)]).mean())
 
 # %% ../../nbs/training/07_evaluation.ipynb #c80ab213
+def _draw_row(prompt: Prompt, prompt_index: int, image_index: int, image, scores: dict) -> dict:
+    """What is known about one image: its place, its scores, the warning signs."""
+    return {
+        "prompt_index": prompt_index,
+        "image": image_index,
+        "prompt": prompt.text,
+        "kind": prompt.metadata.get("kind", ""),
+        **scores,
+        "edge_density": edge_density(image),
+        "colour_entropy": colour_entropy(image),
+    }
+
+
 def evaluate(
     policy,  # `policy.Policy`
     prompts: Sequence[Prompt],
@@ -54,45 +70,36 @@ def evaluate(
     batch: int = 192,  # images per pipeline call
     keep: Callable | None = None,  # called with (images, first row): to save some of them
 ) -> pd.DataFrame:
-    "Draw `images_per_prompt` images of every prompt and score them: one row per image, with every reward and the warning signs."
+    """Draw and score images of every prompt: one row per image, with all warning signs.
+
+    Raises ValueError where a count is below 1, FloatingPointError where latents are not finite.
+    """
+    for name, count in (("images_per_prompt", images_per_prompt), ("batch", batch)):
+        if count < 1:
+            raise ValueError(f"evaluate: {name} = {count}: must be at least 1")
+    if not prompts:
+        raise ValueError("evaluate: no prompts")
     todo = [(p, g) for p in range(len(prompts)) for g in range(images_per_prompt)]
-    rows, pictures = [], []
+    rows, group, diversity = [], [], []
     for start in range(0, len(todo), batch):
         part = todo[start : start + batch]
         chosen = [prompts[p] for p, _ in part]
-        init, noise = group_seeds(seed, "evaluation", [p for p, _ in part], [g for _, g in part])
-        recording = policy.sample(
-            [c.text for c in chosen],
-            sampler,
-            init,
-            noise,
-            keep_calls=False,
-            hybrid_steps=hybrid_steps,
-        )
+        seeds = group_seeds(seed, "evaluation", [p for p, _ in part], [g for _, g in part])
+        options = {"keep_calls": False, "hybrid_steps": hybrid_steps}
+        recording = policy.sample([p.text for p in chosen], sampler, *seeds, **options)
+        check_finite(recording.latents, chosen)
         images = policy.decode(recording)
         scores = {name: s.tolist() for name, s in score_images(images, chosen).items()}
-        rows += [
-            {
-                "prompt_index": p,
-                "image": g,
-                "prompt": c.text,
-                "kind": c.metadata.get("kind", ""),
-                **{k: v[i] for k, v in scores.items()},
-                "edge_density": edge_density(images[i]),
-                "colour_entropy": colour_entropy(images[i]),
-            }
-            for i, ((p, g), c) in enumerate(zip(part, chosen))
-        ]
-        pictures += images
+        for i, (image, (p, g)) in enumerate(zip(images, part, strict=True)):
+            own = {name: values[i] for name, values in scores.items()}
+            rows.append(_draw_row(chosen[i], p, g, image, own))
+            group.append(image)
+            if len(group) == images_per_prompt:
+                diversity += [group_diversity(group)] * images_per_prompt
+                group = []
         if keep:
             keep(images, start)
-    table = pd.DataFrame(rows)
-    groups = [
-        group_diversity(pictures[i : i + images_per_prompt])
-        for i in range(0, len(pictures), images_per_prompt)
-    ]
-    table["diversity"] = np.repeat(groups, images_per_prompt)
-    return table
+    return pd.DataFrame(rows).assign(diversity=diversity)
 
 # %% ../../nbs/training/07_evaluation.ipynb #fe5f85ee
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,37 +18,56 @@ from ..prompts import Prompt
 from ..rewards.registry import score
 
 # %% auto #0
-__all__ = ['derive_seed', 'derive_generator', 'group_seeds', 'Rollout', 'scorer', 'draw_rollout']
+__all__ = ['derive_seed', 'derive_generator', 'Seeds', 'group_seeds', 'Place', 'Rollout', 'scorer', 'BackgroundScorer',
+           'check_finite', 'draw_rollout']
 
 # %% ../../nbs/training/03_rollout.ipynb #5c72c13e
 def derive_seed(*key: int | str) -> int:
-    "A 63-bit seed that depends on every part of `key`, and on nothing else."
+    """A 63-bit seed that depends on every part of `key`, and on nothing else."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def derive_generator(*key: int | str) -> torch.Generator:
-    "A CPU generator seeded by `derive_seed(*key)`."
+    """A CPU generator seeded by `derive_seed(*key)`."""
     return torch.Generator().manual_seed(derive_seed(*key))
 
 # %% ../../nbs/training/03_rollout.ipynb #c96446ef
+class Seeds(NamedTuple):
+    """Seeds of the initial noise and of the SDE noise, one per sample."""
+
+    initial: list[int]
+    noise: list[int]
+
+
 def group_seeds(
-    seed: int, iteration: int, slots: Sequence[int], images: Sequence[int], same_noise: bool = False
-) -> tuple[list[int], list[int]]:
-    "Seeds of the initial noise and of the SDE noise, one per sample; `slots[i]`, `images[i]` name sample i (method notes, trap 6)."
-    init = [
-        derive_seed(seed, iteration, s, 0 if same_noise else g, "init")
-        for s, g in zip(slots, images)
-    ]
-    return init, [derive_seed(seed, iteration, s, g, "sde") for s, g in zip(slots, images)]
+    seed: int,
+    iteration: int | str,
+    slots: Sequence[int],  # prompt slot of each sample
+    images: Sequence[int],  # its number within the group
+    same_noise: bool = False,  # all images of a group start from the noise of its first
+) -> Seeds:
+    """Seeds of samples, by name: they depend on neither batch nor process."""
+    first = [0 if same_noise else image for image in images]
+    return Seeds(
+        [derive_seed(seed, iteration, s, g, "init") for s, g in zip(slots, first, strict=True)],
+        [derive_seed(seed, iteration, s, g, "sde") for s, g in zip(slots, images, strict=True)],
+    )
 
 # %% ../../nbs/training/03_rollout.ipynb #9d4d54cb
+class Place(NamedTuple):
+    """Where a sample is: which recording, which row of it."""
+
+    recording: int
+    row: int
+
+
 @dataclass(frozen=True)
 class Rollout:
-    "The samples of one process in one iteration; `samples[i]` is the global number of local sample i."
+    """The samples of one process in one iteration."""
 
     iteration: int
-    samples: list[int]  # global sample numbers, consecutive
+    samples: list[int]  # global number of each local sample, consecutive
     group_size: int
     prompts: list[Prompt]  # one per local sample
     recordings: list  # `policy.Recording`s, in order
@@ -55,41 +75,91 @@ class Rollout:
     rewards: dict[str, torch.Tensor]  # name -> (n,) float64; NaN where a failed reward was dropped
     curves: torch.Tensor  # (n, T - 1) dynamics of the trained transitions, from this SDE rollout
 
-    def locate(self, i: int) -> tuple[int, int]:
-        "Recording and row of local sample `i`."
-        for k, recording in enumerate(self.recordings):
-            if i < len(recording.latents):
-                return k, i
-            i -= len(recording.latents)
-        raise IndexError(f"sample {i} past the end of the rollout")
+    def locate(self, sample: int) -> Place:
+        """Recording and row of a local sample."""
+        row = sample
+        for number, recording in enumerate(self.recordings):
+            if row < len(recording.latents):
+                return Place(number, row)
+            row -= len(recording.latents)
+        raise IndexError(f"sample {sample} past the end of the rollout")
 
     @property
     def log_probs(self) -> torch.Tensor:
-        "Log-probabilities of the recorded transitions under the policy that drew them, (n, T - 1), on the CPU, where credit is assigned."
+        """(n, T - 1) log-probabilities under the policy that drew them, on the CPU."""
         return torch.cat([r.log_probs for r in self.recordings]).cpu()
 
 # %% ../../nbs/training/03_rollout.ipynb #158a57ed
-def scorer(rewards: dict[str, Callable], on_failure: str = "raise") -> Callable:
-    "A function (images, prompts) -> {name: (n,) float64} that asks every reward; see `rewards.score` for what is checked."
+def scorer(rewards: Mapping[str, Callable], on_failure: str = "raise") -> Callable:
+    """A function (images, prompts) -> {name: (n,) float64} that asks every reward."""
 
     def score_images(images: Sequence, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        texts, facts = [p.text for p in prompts], [p.metadata for p in prompts]
-        return {
-            name: score(reward, images, texts, facts, on_failure=on_failure)
-            for name, reward in rewards.items()
-        }
+        texts = [p.text for p in prompts]
+        metadata = [p.metadata for p in prompts]
+        with torch.no_grad():
+            return {
+                name: score(reward, images, texts, metadata, on_failure=on_failure)
+                for name, reward in rewards.items()
+            }
 
     return score_images
 
+# %% ../../nbs/training/03_rollout.ipynb #c5160252
+class BackgroundScorer:
+    """Scores batch after batch in a thread; use it as a context manager.
+
+    `submit` waits until no more than one batch is waiting, and raises what an earlier one raised.
+    """
+
+    def __init__(self, score_images: Callable):
+        self.score_images = score_images
+        self.results: list[Future] = []
+        self.pool = ThreadPoolExecutor(max_workers=1)
+
+    def __enter__(self) -> BackgroundScorer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, images: Sequence, prompts: Sequence[Prompt]) -> None:
+        """Queue a batch. Raises the error of a batch before."""
+        self.results.append(self.pool.submit(self.score_images, images, prompts))
+        for result in self.results[:-2]:
+            result.result()
+        for result in self.results:
+            if result.done():
+                result.result()
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Name -> scores of all batches, in order; waits for the last ones."""
+        batches = [result.result() for result in self.results]
+        return {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+
 # %% ../../nbs/training/03_rollout.ipynb #654ee402
-def _share(total: int, process: int, processes: int) -> range:
-    "The contiguous share of `range(total)` that belongs to one of several processes."
+def _own_samples(total: int, process: int, processes: int) -> list[int]:
+    """The contiguous share of samples that belongs to one of several processes."""
     if total % processes:
         raise ValueError(
-            f"{total} samples cannot be shared equally by {processes} processes; change prompts_per_iteration or group_size"
+            f"{total} samples cannot be shared equally by {processes} processes; "
+            "change prompts_per_iteration or group_size"
         )
     size = total // processes
-    return range(process * size, (process + 1) * size)
+    return list(range(process * size, (process + 1) * size))
+
+
+def check_finite(latents: torch.Tensor, prompts: Sequence[Prompt]) -> None:
+    """Refuse a trajectory (b, n, ...) with a value that is not finite, naming prompt and step.
+
+    Raises FloatingPointError.
+    """
+    broken = ~torch.isfinite(latents).flatten(2).all(2)
+    if broken.any():
+        row, step = broken.nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"latents are not finite at step {step} for {prompts[row].text[:200]!r}; the weights "
+            "may be broken, or dtype too narrow: try bfloat16 or float32, or an earlier checkpoint"
+        )
 
 # %% ../../nbs/training/03_rollout.ipynb #cbb67cde
 def draw_rollout(
@@ -106,30 +176,24 @@ def draw_rollout(
     metric: str = "l1",  # of the dynamics
     share: tuple[int, int] = (0, 1),  # this process, number of processes
 ) -> Rollout:
-    "Sample G images of every prompt with the recording scheduler, score them, and measure their dynamics."
-    samples = list(_share(len(prompts) * group_size, *share))
-    chosen = [prompts[i // group_size] for i in samples]
-    init, noise = group_seeds(
-        seed,
-        iteration,
-        [i // group_size for i in samples],
-        [i % group_size for i in samples],
-        same_noise,
-    )
-    recordings, images, scores = [], [], []
+    """Sample G images of every prompt with recording, score them, measure their dynamics."""
+    samples = _own_samples(len(prompts) * group_size, *share)
+    slots = [i // group_size for i in samples]
+    seeds = group_seeds(seed, iteration, slots, [i % group_size for i in samples], same_noise)
+    chosen = [prompts[slot] for slot in slots]
     size = batch or len(samples)
-    with ThreadPoolExecutor(max_workers=1) as scorer:
+    recordings, images = [], []
+    with BackgroundScorer(score_images) as background:
         for start in range(0, len(samples), size):
             part = slice(start, start + size)
-            recordings.append(
-                policy.sample([p.text for p in chosen[part]], sampler, init[part], noise[part])
-            )
-            drawn = policy.decode(recordings[-1])
+            texts = [p.text for p in chosen[part]]
+            recording = policy.sample(texts, sampler, seeds.initial[part], seeds.noise[part])
+            check_finite(recording.latents, chosen[part])
+            drawn = policy.decode(recording)
+            background.submit(drawn, chosen[part])
+            recordings.append(recording)
             images += drawn
-            scores.append(scorer.submit(score_images, drawn, chosen[part]))
-        scores = [s.result() for s in scores]
-    curves = torch.cat(
-        [relative_distance(r.latents[:, :-1], metric=metric) for r in recordings]
-    ).cpu()
-    rewards = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+        rewards = background.scores()
+    curves = [relative_distance(r.latents[:, :-1], metric=metric) for r in recordings]
+    curves = torch.cat(curves).cpu()
     return Rollout(iteration, samples, group_size, chosen, recordings, images, rewards, curves)
