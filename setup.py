@@ -1,4 +1,4 @@
-"""Hands the facts of settings.ini to setuptools; everything else is in pyproject.toml."""
+"""Hands what settings.ini says to setuptools; everything else is in pyproject.toml."""
 
 from configparser import ConfigParser
 from pathlib import Path
@@ -20,8 +20,11 @@ setup(
     keywords=settings["keywords"],
     python_requires=f">={settings['min_python']}",
     packages=[*find_packages(include=["chunk_grpo_nb", "chunk_grpo_nb.*"]), "chunk_grpo_nb.data"],
-    package_dir={"chunk_grpo_nb.data": "data"},  # the embedded world travels with the library
-    package_data={"chunk_grpo_nb.data": ["shapes/*", "shapes/*/*", "prompts/*"]},
+    package_dir={"chunk_grpo_nb.data": "data"},  # the embedded models travel with the library
+    package_data={
+        "chunk_grpo_nb": ["py.typed"],
+        "chunk_grpo_nb.data": ["shapes/*", "shapes/*/*", "prompts/*"],
+    },
     install_requires=settings["requirements"].split(),
     extras_require=extras,
 )

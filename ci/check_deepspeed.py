@@ -1,4 +1,4 @@
-"""Installs DeepSpeed beside the environment, not into it, and runs the tests that need it, on two gloo processes."""
+"""Installs DeepSpeed beside the environment and runs the tests that need it, on two processes."""
 
 import os
 import subprocess
@@ -7,40 +7,25 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (
-    "deepspeed==0.19.8",
-    "hjson",
-    "ninja",
-    "msgpack",
-    "py-cpuinfo",
-    "einops",
-)  # what of its requirements the environment lacks
+DEEPSPEED = "deepspeed==0.19.8"
+REQUIREMENTS = ("hjson", "ninja", "msgpack", "py-cpuinfo", "einops")  # of those, what we lack
+PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
+TESTS = ("-m", "pytest", "-m", "slow", "tests/test_launch.py", "-k", "deepspeed")
+
+
+def python(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run this interpreter in the repository with further environment variables."""
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env={**os.environ, **variables})
 
 
 def main() -> int:
     """Install, test; pytest's exit code."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--no-build-isolation",
-            "--target",
-            folder,
-            *PACKAGES,
-        ]
-        subprocess.run(
-            [sys.executable, *words], check=True, env={**os.environ, "DS_BUILD_OPS": "0"}
-        )
-        env = {**os.environ, "PYTHONPATH": folder, "DS_ACCELERATOR": "cpu"}
-        subprocess.run(
-            [sys.executable, "-c", "import deepspeed"], check=True, env=env
-        )  # else its tests would only be skipped
-        tests = ["-m", "pytest", "-m", "slow", "tests/test_launch.py", "-k", "deepspeed"]
-        return subprocess.run([sys.executable, *tests], cwd=ROOT, env=env).returncode
+        options = ("--no-build-isolation", "--target", folder)
+        python(*PIP, *options, DEEPSPEED, *REQUIREMENTS, DS_BUILD_OPS="0").check_returncode()
+        beside = {"PYTHONPATH": folder, "DS_ACCELERATOR": "cpu"}
+        python("-c", "import deepspeed", **beside).check_returncode()  # else its tests are skipped
+        return python(*TESTS, **beside).returncode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Regenerates the package from the notebooks, from nothing, in a copy, and shows every difference from what the tree holds."""
+"""Regenerates the package from the notebooks, in a copy, and shows what differs from the tree."""
 
 import difflib
 import shutil
@@ -13,63 +13,50 @@ PACKAGE = "chunk_grpo_nb"
 
 def generated(root: Path) -> dict[str, str]:
     """Text of every generated file under `root`, by its path."""
-    files = [
-        *sorted((root / PACKAGE).rglob("*.py")),
-        root / "nbs" / "llms.txt",
-        root / "pyproject.toml",
-    ]
-    return {
-        file.relative_to(root).as_posix(): file.read_text(encoding="utf-8")
-        for file in files
-        if file.is_file()
-    }
+    modules = sorted((root / PACKAGE).rglob("*.py"))
+    files = [*modules, root / "nbs" / "llms.txt", root / "pyproject.toml"]
+    there = [file for file in files if file.is_file()]
+    return {file.relative_to(root).as_posix(): file.read_text(encoding="utf-8") for file in there}
+
+
+def regenerate(copy: Path) -> subprocess.CompletedProcess:
+    """Export the notebooks into an empty package under `copy`."""
+    ignored = shutil.ignore_patterns(".ipynb_checkpoints", "llms.txt")
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    (copy / PACKAGE).mkdir()
+    return subprocess.run(["nbdev-export"], cwd=copy, capture_output=True, text=True)
+
+
+def difference(old: str | None, new: str | None) -> list[str]:
+    """How a generated file differs: a word, and the start of the diff where both are there."""
+    if new is None:
+        return ["no notebook exports it"]
+    if old is None:
+        return ["missing"]
+    lines = difflib.unified_diff(
+        old.splitlines(), new.splitlines(), "in the tree", "from the notebooks", n=1, lineterm=""
+    )
+    return ["stale", *list(lines)[:12]]
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / ROOT.name
-        shutil.copytree(
-            ROOT / "nbs",
-            copy / "nbs",
-            ignore=shutil.ignore_patterns(".ipynb_checkpoints", "llms.txt"),
-        )
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        (copy / PACKAGE).mkdir()
-        run = subprocess.run(["nbdev-export"], cwd=copy, capture_output=True, text=True)
+        run = regenerate(copy)
         if run.returncode:
             print(run.stdout, run.stderr, "nbdev-export failed", sep="\n")
             return 1
         committed, fresh = generated(ROOT), generated(copy)
-    stale = 0
-    for name in sorted(committed | fresh):
-        old, new = committed.get(name), fresh.get(name)
-        if old != new:
-            stale += 1
-            what = (
-                "no notebook exports it" if new is None else "missing" if old is None else "stale"
-            )
-            print(f"{name}: {what}")
-            if old is not None and new is not None:
-                print(
-                    *list(
-                        difflib.unified_diff(
-                            old.splitlines(),
-                            new.splitlines(),
-                            "in the tree",
-                            "from the notebooks",
-                            "",
-                            "",
-                            1,
-                            "",
-                        )
-                    )[:12],
-                    sep="\n",
-                )
-    print(
-        f"{stale} of {len(committed | fresh)} generated files differ"
-        + (": run nbdev-export and commit" if stale else "")
-    )
-    return int(stale > 0)
+    names = sorted(committed | fresh)
+    stale = [name for name in names if committed.get(name) != fresh.get(name)]
+    for name in stale:
+        word, *diff = difference(committed.get(name), fresh.get(name))
+        print(f"{name}: {word}", *diff, sep="\n")
+    print(f"{len(stale)} of {len(names)} generated files differ")
+    if stale:
+        print("Run nbdev-export and commit.")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def draw(samples: pd.DataFrame, path: Path) -> None:
     fig, axes = plt.subplots(2, 2, figsize=(9, 5), sharex=True, layout="constrained")
     for ax, (name, label, table) in zip(axes.flat, panels, strict=True):
         ax.plot(table["iteration"], table[name], lw=1)
-        ax.set(title=label, ylim=(0, 1.3 * table[name].quantile(0.99)))
+        ax.set(title=label, ylim=(0, 1.15 * table[name].max()))
         ax.grid(alpha=0.3)
     for ax in axes[1]:
         ax.set_xlabel("iteration")

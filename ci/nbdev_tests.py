@@ -1,23 +1,49 @@
-"""Runs nbdev-test on every library notebook, each in a process of its own, two at a time: no notebook can lean on another, or stop it."""
+"""Runs nbdev-test on every library notebook and compares what it shows with what is committed.
 
+    python ci/nbdev_tests.py [NOTEBOOK ...]
+
+Each notebook runs in a process of its own, two at a time, so that none can lean on another or stop
+it. It runs in a copy of nbs/, which gets the new outputs; their text must be that of the committed
+ones, numbers within one per cent. A cell tagged `varies` (times, hardware) is not compared.
+"""
+
+import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300  # seconds for one notebook
+TOLERANCE = 0.01  # relative, of numbers in outputs
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
+CLOCK = re.compile(r"perf_counter|process_time|monotonic|time\(\)|timeit|seconds")
+EXCEPTIONS = {"experiments", "tutorials", ".ipynb_checkpoints"}
 
 
-def run(notebook: Path) -> tuple[Path, float, str]:
-    """Test one notebook; its path, seconds, and what it printed if it failed ('' if it passed)."""
-    start, words = time.monotonic(), ["nbdev-test", str(notebook), "--n-workers", "0"]
+@dataclass
+class Result:
+    """How one notebook fared: `error` and `changes` are empty if all is well."""
+
+    notebook: Path
+    seconds: float
+    error: str
+    changes: list[str]
+
+
+def run(notebook: Path) -> str:
+    """Run nbdev-test on a notebook, which keeps its outputs; what it printed if it failed."""
     process = subprocess.Popen(
-        words,
-        cwd=ROOT,
+        ["nbdev-test", str(notebook), "--n-workers", "0", "--save"],
+        cwd=notebook.parent,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -29,29 +55,84 @@ def run(notebook: Path) -> tuple[Path, float, str]:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)  # makes it say where every thread stands
         printed = process.communicate()[0] + f"\nstopped after {LIMIT} s"
-    error = (
-        "" if process.returncode == 0 else printed[-6000:] or f"exit status {process.returncode}"
+    if process.returncode == 0:
+        return ""
+    return printed[-6000:] or f"exit status {process.returncode}"
+
+
+def shown_text(cell: dict) -> str:
+    """The text that a cell shows: its prints and its values, without pictures and warnings."""
+    parts = []
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        if output.get("name") != "stderr":
+            parts += output.get("text", [])
+        if not any(kind.startswith("image/") for kind in data):
+            parts += [*data.get("text/plain", []), "\n"]
+    return "".join(parts)
+
+
+def same_text(old: str, new: str) -> bool:
+    """True if two texts agree in words exactly and in numbers within TOLERANCE."""
+    if NUMBER.split(old) != NUMBER.split(new):
+        return False
+    numbers = zip(NUMBER.findall(old), NUMBER.findall(new), strict=True)
+    return all(
+        math.isclose(float(a), float(b), rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in numbers
     )
-    return notebook, time.monotonic() - start, error
+
+
+def is_stable(cell: dict) -> bool:
+    """True if a code cell should show the same text on every machine."""
+    source = "".join(cell["source"])
+    return "varies" not in cell["metadata"].get("tags", []) and not CLOCK.search(source)
+
+
+def changed_outputs(committed: Path, fresh: Path) -> list[str]:
+    """The cells whose text is no longer what is committed, with both texts."""
+    old, new = (
+        json.loads(path.read_text(encoding="utf-8"))["cells"] for path in (committed, fresh)
+    )
+    found = []
+    for before, after in zip(old, new, strict=True):
+        if before["cell_type"] != "code" or not is_stable(before):
+            continue
+        texts = shown_text(before), shown_text(after)
+        if not same_text(*texts):
+            found.append("cell {}:\n- {!r}\n+ {!r}".format(before["id"], *(t[:300] for t in texts)))
+    return found
+
+
+def check(notebook: Path, folder: Path) -> Result:
+    """Run the copy of a notebook that lies in `folder`, and compare."""
+    start = time.monotonic()
+    copy = folder / notebook.relative_to(ROOT)
+    error = run(copy)
+    changes = [] if error else changed_outputs(notebook, copy)
+    return Result(notebook, time.monotonic() - start, error, changes)
 
 
 def library_notebooks() -> list[Path]:
     """Every notebook that exports a module, and the index."""
-    shown = {"experiments", "tutorials", ".ipynb_checkpoints"}
-    return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not shown & set(p.parts))
+    found = sorted((ROOT / "nbs").rglob("*.ipynb"))
+    return [path for path in found if not EXCEPTIONS & set(path.parts)]
 
 
 def main(notebooks: list[Path]) -> int:
-    """Print a line per notebook as it ends; 1 if any failed."""
+    """Print a line per notebook as it ends; 1 if any failed or shows something else."""
     failed = 0
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for notebook, seconds, error in pool.map(run, notebooks):
-            failed += bool(error)
-            print(
-                f"{'FAILED' if error else 'passed'} {seconds:6.1f} s  {notebook.name}"
-                + f"\n{error}" * bool(error),
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "nbs", folder / "nbs")
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        (folder / "data").symlink_to(ROOT / "data")
+        with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+            for result in pool.map(lambda path: check(path, folder), notebooks):
+                failed += bool(result.error or result.changes)
+                verdict = "FAILED" if result.error else "CHANGED" if result.changes else "passed"
+                print(f"{verdict:7} {result.seconds:6.1f} s  {result.notebook.name}", flush=True)
+                for text in (result.error, *result.changes):
+                    print(text, end="\n" * bool(text), flush=True)
     print(f"{len(notebooks) - failed} of {len(notebooks)} library notebooks pass")
     return int(failed > 0)
 

@@ -33,7 +33,7 @@ def executable(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def bare(tmp_path):
-    """A checkout without an environment; `bare(PYTHON=...)` runs its ci/setup and returns the process."""
+    """A checkout without an environment; `bare(PYTHON=...)` runs its ci/setup."""
     (tmp_path / "repo").mkdir()
     shutil.copytree(ROOT / "ci", tmp_path / "repo/ci")
     for name in ("settings.ini", "pyproject.toml", "setup.py"):
@@ -104,7 +104,8 @@ def test_a_failed_download_gets_one_line_and_is_tried_again(bare):
 
 def test_the_table_counts_parts_and_goes_on_after_a_failure(tmp_path):
     script = (
-        "fail() { echo $* >&2; exit 1; }; part_a() { true; }; part_b() { false; }; part_c() { true; }; parts=(a b c)\n"
+        "fail() { echo $* >&2; exit 1; }\n"
+        "part_a() { true; }\npart_b() { false; }\npart_c() { true; }\nparts=(a b c)\n"
         + (ROOT / "ci/parts").read_text()
     )
     run = subprocess.run([BASH, "-c", script, "test"], capture_output=True, text=True)
@@ -117,32 +118,111 @@ def test_the_table_counts_parts_and_goes_on_after_a_failure(tmp_path):
     assert run.returncode == 1 and "there is no part 'd'; there are: a b c" in run.stderr
 
 
-def test_entry_points_call_the_same_scripts():
-    assert re.search(r'^exec bash .*ci/test"$', (ROOT / ".ci/run").read_text(), re.M)
-    steps = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"][
-        "steps"
-    ]
-    assert {"bash ci/test", "bash ci/quickstart"} <= {step.get("run") for step in steps}
+def test_the_entry_points_are_executable_and_parse():
     for name in ("ci/test", "ci/full", "ci/quickstart", ".ci/run"):
         assert os.access(ROOT / name, os.X_OK), f"{name} is not executable"
         subprocess.run([BASH, "-n", ROOT / name], check=True)
 
 
-def test_quickstart_and_smoke_name_notebooks_that_exist():
+def test_the_short_entry_point_runs_ci_test(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / "ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    executable(tmp_path / "ci" / "test", "echo the tests ran")
+    run = subprocess.run([BASH, tmp_path / ".ci" / "run"], capture_output=True, text=True, cwd="/")
+    assert run.stdout == "the tests ran\n"
+
+
+def test_the_workflow_runs_the_scripts_that_anyone_runs():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["test"]["steps"]
+    assert {"bash ci/test", "bash ci/quickstart"} <= {step.get("run") for step in steps}
+
+
+def test_the_quickstart_runs_a_notebook_that_is_there(tmp_path):
+    """The script with stubs for what it starts: papermill says which notebook it was given."""
+    (tmp_path / "ci").mkdir()
+    shutil.copy(ROOT / "ci" / "quickstart", tmp_path / "ci")
+    (tmp_path / "ci" / "setup").write_text('root="$PWD"\n')
+    shutil.copytree(ROOT / "nbs" / "experiments", tmp_path / "nbs" / "experiments")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    executable(tools / "papermill", 'printf "%s\\n" "$@"; exit 7')
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [BASH, "ci/quickstart", "-p", "seed", "1"]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    words = run.stdout.splitlines()
+    notebook = next(word for word in words if word.startswith("nbs/") and word.endswith(".ipynb"))
+    assert run.returncode == 7 and (ROOT / notebook).is_file()
+    assert "out_dir" in words and words[-3:] == ["-p", "seed", "1"]
+
+
+def test_smoke_names_every_notebook_with_parameters_that_it_has():
     from chunk_grpo_nb.analysis.notebooks import check_parameters
 
-    notebook = re.search(r"^notebook=(\S+)$", (ROOT / "ci/quickstart").read_text(), re.M)[1]
-    assert (ROOT / notebook).is_file()
-    table = yaml.safe_load((ROOT / "ci/smoke.yaml").read_text())
+    notebooks = ROOT / "nbs"
+    table = yaml.safe_load((ROOT / "ci/smoke.yaml").read_text(encoding="utf-8"))
     for name, parameters in table.items():
-        if parameters:
-            check_parameters(ROOT / "nbs" / name, parameters)
-    there = {
-        p.relative_to(ROOT / "nbs").as_posix()
-        for room in ("experiments", "tutorials")
-        for p in (ROOT / "nbs" / room).glob("*.ipynb")
-    }
-    assert there == set(table)
+        check_parameters(notebooks / name, parameters or {})
+    rooms = [notebooks / "experiments", notebooks / "tutorials"]
+    paths = [path for room in rooms for path in room.glob("*.ipynb")]
+    assert {path.relative_to(notebooks).as_posix() for path in paths} == set(table)
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ("loss 0.5000 after 3", "loss 0.5001 after 3", True),
+        ("loss 0.50", "loss 0.52", False),
+        ("tensor([1., -2e-3])", "tensor([1., -2.001e-3])", True),
+        ("all right", "all wrong", False),
+        ("1 2", "1 2 3", False),
+    ],
+)
+def test_texts_are_the_same_up_to_rounding(old, new, same):
+    assert load("nbdev_tests").same_text(old, new) is same
+
+
+def test_changed_outputs_are_shown_unless_they_may_vary(tmp_path):
+    def write(name: str, text: str) -> Path:
+        cells = [nbformat.v4.new_code_cell("f()", id="a"), nbformat.v4.new_code_cell("f()", id="b")]
+        cells[1].metadata["tags"] = ["varies"]
+        for cell in cells:
+            cell.outputs = [nbformat.v4.new_output("stream", text=text)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / name)
+        return tmp_path / name
+
+    changed_outputs = load("nbdev_tests").changed_outputs
+    old, new = write("old.ipynb", "3 chunks"), write("new.ipynb", "4 chunks")
+    assert changed_outputs(old, old) == []
+    (change,) = changed_outputs(old, new)
+    assert change.startswith("cell a") and "3 chunks" in change and "4 chunks" in change
+
+
+@pytest.mark.parametrize("grows", [None, "memory_mb", "handles", "cpu_seconds"])
+def test_growth_over_a_long_run_is_found(grows):
+    pandas = pytest.importorskip("pandas")
+    count = 500
+    flat = {"memory_mb": 500.0, "handles": 3, "threads": 4, "disk_mb_without_rows": 1.0}
+    samples = pandas.DataFrame({"iteration": range(1, count + 1), **flat})
+    samples["cpu_seconds"] = 0.1 * samples["iteration"]
+    if grows == "cpu_seconds":
+        samples["cpu_seconds"] += 1e-4 * samples["iteration"] ** 2
+    elif grows:
+        samples[grows] += samples["iteration"] / 10
+    verdicts = load("long_run").judge(samples)
+    growing = {"cpu_seconds": "seconds_per_iteration"}.get(grows, grows)
+    assert {name for name, v in verdicts.items() if not v["flat"]} == {growing} - {None}
+
+
+def test_every_promised_test_exists():
+    """Tests that the page of promises names as `tests/test_file.py::test_name`."""
+    cells = json.loads((ROOT / "nbs/promises.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    promised = set(re.findall(r"(tests/test_\w+\.py)::(test_\w+)", text))
+    assert len(promised) > 20
+    for path, name in promised:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {name}"
 
 
 @pytest.fixture
@@ -203,7 +283,7 @@ def set_output(kind="stream", **fields):
         ("nbs", lambda nb: nb.cells[1].metadata.update(collapsed=True), "stray metadata"),
         ("nbs", lambda nb: nb.metadata.update(widgets={}), "stray notebook metadata"),
         ("nbs", lambda nb: nb.cells[2].update(execution_count=3), "execution count"),
-        ("nbs", lambda nb: nb.cells[2].update(source="x = 1\n" * 60), "split it"),
+        ("nbs", lambda nb: nb.cells[2].update(source="x = 1\n" * 200), "split it"),
         (
             "experiments",
             lambda nb: nb.cells[1].update(metadata={}),
