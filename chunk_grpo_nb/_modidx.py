@@ -685,8 +685,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'chunk_grpo_nb/models/policy.py'),
                                              'chunk_grpo_nb.models.policy.Policy.velocity': ( 'models/policy.html#policy.velocity',
                                                                                               'chunk_grpo_nb/models/policy.py'),
-                                             'chunk_grpo_nb.models.policy._as_images': ( 'models/policy.html#_as_images',
-                                                                                         'chunk_grpo_nb/models/policy.py'),
                                              'chunk_grpo_nb.models.policy._prepare_parts': ( 'models/policy.html#_prepare_parts',
                                                                                              'chunk_grpo_nb/models/policy.py'),
                                              'chunk_grpo_nb.models.policy.load_policy': ( 'models/policy.html#load_policy',

@@ -426,18 +426,14 @@ class CurveEstimate:
                 f"the online chunker has seen curves of {len(self.mean)} steps, now one of "
                 f"{rows.shape[1]}"
             )
-        old, batch, count = decay * self.weight, rows.mean(0), len(rows)
-        shift, centred = batch - self.mean, rows - batch
-        scatter = (
-            decay * self.scatter
-            + centred.T @ centred
-            + torch.outer(shift, shift) * old * count / (old + count)
-        )
+        old, count = decay * self.weight, len(rows)
+        shift, centred = rows.mean(0) - self.mean, rows - rows.mean(0)
+        between = torch.outer(shift, shift) * old * count / (old + count)
         return CurveEstimate(
-            self.mean + shift * count / (old + count),
-            scatter,
-            old + count,
-            decay**2 * self.square_weight + count,
+            mean=self.mean + shift * count / (old + count),
+            scatter=decay * self.scatter + centred.T @ centred + between,
+            weight=old + count,
+            square_weight=decay**2 * self.square_weight + count,
         )
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -445,9 +441,7 @@ class CurveEstimate:
 
         The mean itself as long as one curve is all there is.
         """
-        effective = (
-            self.weight**2 / self.square_weight
-        )  # number of curves that count, after forgetting
+        effective = self.weight**2 / self.square_weight  # curves that count, after forgetting
         if effective < 2:
             return self.mean[None]
         values, vectors = torch.linalg.eigh(self.scatter / self.weight / (effective - 1))

@@ -522,6 +522,23 @@ def test_decode_refuses_what_is_not_finite(flux, recording):
         policy.decode(recording)
 
 
+def test_decode_counts_samples_over_its_batches(recording, monkeypatch):
+    policy, sizes = tiny_policy("flux", lora_rank=2), []
+    decode = policy_module.decode_latents
+
+    def spoiled(pipe, latents, *args):
+        pixels = decode(pipe, latents, *args)
+        sizes.append(len(pixels))
+        if len(sizes) == 2:
+            pixels[0] = float("nan")
+        return pixels
+
+    monkeypatch.setattr(policy_module, "decode_latents", spoiled)
+    with pytest.raises(FloatingPointError, match="sample 2 .*two blue.*pixels"):
+        policy.decode(recording, batch=2)
+    assert sizes == [2, 1]
+
+
 def test_nan_velocities_do_not_pass_the_check_of_a_run(recording):
     policy = tiny_policy("flux", lora_rank=2)
     policy.trainable_parameters()[0].data[0] = float("nan")

@@ -247,23 +247,19 @@ def decode(
         raise ValueError(f"batch={batch!r}: must be 1 or more")
     height, width = height or self.world.get("height"), width or self.world.get("width")
     prompts = prompts or ["no prompt given"] * len(what)
-    check_finite(what[:, None], prompts, "the latents at step", first=-1)
+    check_finite(what[:, None], prompts, "the final latents")
     prompt = next(reversed(self.text.known), "")
-    pixels = []
+    images = []
     with torch.no_grad():
         for part in what.to(self.device).split(batch):
             text = self.text.batch([prompt] * len(part), guided=False)
             part = self.family.to_pipeline(self.pipe, part, height, width)
-            pixels.append(decode_latents(self.pipe, part, text.embeddings, height, width))
-    return _as_images(self.pipe, pixels, prompts)
-
-
-def _as_images(pipe, pixels: list[Tensor], prompts: Sequence[str]) -> list:
-    """PIL images from decoded pixels in [0, 1], after a check that they are finite."""
-    images = []
-    for part in pixels:
-        check_finite(part[:, None], prompts[len(images) :], "pixels of decoded image, entry")
-        images += pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(part))
+            pixels = decode_latents(self.pipe, part, text.embeddings, height, width)
+            done = len(images)
+            shown = prompts[done : done + len(pixels)]
+            check_finite(pixels[:, None], shown, "the pixels of its decoded image", done)
+            processor = self.pipe.image_processor
+            images += processor.numpy_to_pil(processor.pt_to_numpy(pixels))
     return images
 
 # %% ../../nbs/models/11_policy.ipynb #e0423220

@@ -129,8 +129,8 @@ def join_recordings(parts: Sequence[Recording]) -> Recording:
 def check_finite(
     states: Tensor,  # (b, n, ...)
     prompts: Sequence[str],  # one per image
-    what: str,  # that is not finite, with the name of the second dimension: "latents after step"
-    first: int = 0,  # number of the first entry of that dimension
+    what: str,  # they are, such as "the latents after step {}" with a place for the step
+    first_row: int = 0,  # number of the first sample, in a part of a larger batch
 ) -> None:
     """Refuse states that are not finite, with the earliest place and its prompt."""
     bad = ~states.isfinite().flatten(2).all(2)
@@ -138,7 +138,7 @@ def check_finite(
         place = int(bad.any(0).nonzero()[0])
         row = int(bad[:, place].nonzero()[0])
         raise FloatingPointError(
-            f"sample {row} ({prompts[row][:60]!r}): {what} {place + first} are not finite. The "
+            f"sample {row + first_row} ({prompts[row][:60]!r}): {what.format(place)} are not finite. The "
             "weights are damaged or have diverged, or the dtype is too narrow: load other weights, "
             "or use float32 or bfloat16"
         )
@@ -226,7 +226,7 @@ def _as_recording(recorder, text: TextBatch, guidance: float, log: CallLog | Non
     """What the scheduler and the log of calls kept of a rollout."""
     device = text.which.device
     latents = torch.stack(recorder.states, 1)
-    check_finite(latents[:, 1:], text.prompts, "the latents after step")
+    check_finite(latents[:, 1:], text.prompts, "the latents after step {}")
     log_probs = torch.empty(len(latents), 0, device=device)
     if recorder.log_probs:
         log_probs = torch.stack(recorder.log_probs, 1)
