@@ -25,7 +25,7 @@ def strict_row() -> tuple:
     """The share of images on which every condition holds, before and after, from the committed table of images."""
     import pandas as pd
 
-    from chunk_grpo_nb.training.evaluation import paired_difference
+    from chunk_grpo_nb.analysis.statistics import paired_difference
 
     table = pd.read_parquet(RESULTS / "main" / "evaluation.parquet")
     before, after = (table[table["model"] == name] for name in ("before", "after"))

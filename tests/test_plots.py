@@ -8,19 +8,24 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chunk_grpo_nb.analysis.plots import (
-    change_by_kind,
-    metrics_table,
+from chunk_grpo_nb.analysis.collect import metrics_table, ratio_table, smooth
+from chunk_grpo_nb.analysis.curves import (
     plot_arms,
     plot_change,
+    plot_intervals,
+    plot_kinds,
+    plot_learning,
+    plot_training,
+)
+from chunk_grpo_nb.analysis.pages import run_figures
+from chunk_grpo_nb.analysis.plots import (
     plot_dynamics,
     plot_images,
-    plot_kinds,
+    plot_method,
+    plot_ratios,
     plot_steps,
-    plot_training,
-    run_figures,
-    smooth,
 )
+from chunk_grpo_nb.analysis.statistics import change_by_kind
 from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.records import RunFolder, log_row
 
@@ -196,3 +201,130 @@ def test_figures_of_a_run(tmp_path):
     for figure in figures.values():
         save(figure, tmp_path)
     assert json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0])["iteration"] == 0
+
+
+def boxes(figure):
+    """Every visible text of a drawn figure with its box in pixels, slightly shrunk."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    hidden = [ax for ax in figure.axes if not ax.get_visible()]
+    beyond = {
+        id(label)
+        for ax in figure.axes
+        for axis in (ax.xaxis, ax.yaxis)
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+        for label in (tick.label1, tick.label2)
+    }
+    found = []
+    for text in figure.findobj(Text):
+        shown = text.get_visible() and text.get_text().strip() and id(text) not in beyond
+        shown = shown and text.axes not in hidden
+        box = text.get_window_extent(renderer) if shown else None
+        if box is not None and box.width > 1:
+            found.append((text.get_text(), box.shrunk(0.9, 0.7)))
+    return found
+
+
+def check_looks(figure):
+    """No text over another or outside the figure, no legend over the data."""
+    texts, (width, height) = boxes(figure), figure.canvas.get_width_height()
+    for words, box in texts:
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, f"{words!r} leaves the figure: {box}"
+    for i, (words, box) in enumerate(texts):
+        for others, other in texts[:i]:
+            assert not box.overlaps(other), f"{words!r} lies over {others!r}"
+    for ax in figure.axes:
+        if ax.get_legend():
+            legend = ax.get_legend().get_window_extent()
+            assert not any(legend.overlaps(a.get_window_extent()) for a in figure.axes)
+
+
+SEEDS = pd.DataFrame(
+    [
+        {"arm": a, "seed": s, "step": t, "reward": 0.5 + 0.01 * t * i + 0.01 * s}
+        for i, a in enumerate(["step level", "chunks of 2, 3, 4, 7", "adaptive"])
+        for s in range(12)
+        for t in range(0, 41, 5)
+    ]
+)
+RATIOS = pd.DataFrame(
+    [
+        {"arm": arm, "update": u, "index": i, "spread": u * 1e-4 * (i + 1)}
+        | {"clip_low": 0.02 * i, "clip_high": 0.03 * i}
+        for arm, units in {"step level": 16, "chunks": 4}.items()
+        for u in range(4)
+        for i in range(units)
+    ]
+)
+PICTURE = Image.new("RGB", (32, 32), "red")
+PROMPT = "two large orange triangles left of a small purple square"
+FIGURES = {
+    "dynamics": lambda: plot_dynamics(np.linspace(1, 0.1, 16) + np.zeros((9, 1)), [2, 3, 4, 7]),
+    "many chunks": lambda: plot_dynamics(np.linspace(1, 0.1, 16), [1, 2] * 5 + [1]),
+    "fifty steps": lambda: plot_dynamics(np.linspace(1, 0.1, 50), [5, 10, 15, 20]),
+    "ratios": lambda: plot_ratios(RATIOS, {"step level": [1] * 16, "chunks": [2, 3, 4, 7]}),
+    "training": lambda: plot_training(SEEDS, "reward", reference=0.5),
+    "panels": lambda: plot_training(SEEDS, "reward", baseline="adaptive", reference=0.5),
+    "learning": lambda: plot_learning(
+        SEEDS.rename(columns={"step": "iteration", "reward": "value"}).assign(measure="m"),
+        {"m": "preference model (trained)"},
+    ),
+    "arms": lambda: plot_arms(SEEDS[SEEDS.step == 40], "reward", "step level", reference=0.5),
+    "intervals": lambda: plot_intervals(
+        pd.DataFrame(
+            {
+                "measure": ["preference model", "verifier"] * 2,
+                "unit": ["over 120 prompts"] * 2 + ["over 12 seeds"] * 2,
+                "difference": 0.1,
+                "low": [0.05, -0.1, -0.05, -np.inf],
+                "high": [0.2, 0.3, 0.2, np.inf],
+                "verdict": ["rises", "not resolved", "not resolved", "not resolved"],
+            }
+        )
+    ),
+    "change": lambda: plot_change(change_by_kind(evaluation(), evaluation(0.5), "r")),
+    "steps": lambda: plot_steps(np.ones((24, 16)), "|Δ log-prob|", chunk_sizes=[2, 3, 4, 7]),
+    "images": lambda: plot_images(
+        {"before training": [PICTURE] * 6, "chunks": [PICTURE] * 6},
+        [PROMPT] * 6,
+        marks={"before training": [True] * 6, "chunks": [False] * 6},
+    ),
+    "method": lambda: plot_method([PICTURE] * 16, np.linspace(1, 0.1, 16), [2, 3, 4, 7], PROMPT),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_lies_over_something_else(name):
+    check_looks(FIGURES[name]())
+
+
+def test_ratios_come_from_the_metrics_of_each_update(tmp_path):
+    row = {"arm": "chunks", "seed": 0, "iteration": 3, "update": 1}
+    chunks = {
+        "ratio_std": [1e-4, None],
+        "clip_low_by_chunk": [0.1, 0],
+        "clip_high_by_chunk": [0.2, 0],
+    }
+    table = ratio_table(pd.DataFrame([{**row, **chunks}]))
+    assert table.to_dict("records") == [
+        {**row, "place": "chunk", "index": 0, "spread": 1e-4, "clip_low": 0.1, "clip_high": 0.2}
+    ]
+    with pytest.raises(KeyError, match="no arm 'other'"):
+        plot_ratios(table, {"other": [16]})
+    with pytest.raises(KeyError, match="no column 'spread'"):
+        plot_ratios(table.drop(columns="spread"), {"chunks": [16]})
+
+
+def test_bands_of_few_seeds_are_students_t(tmp_path):
+    from chunk_grpo_nb.analysis.statistics import t_interval
+
+    table = SEEDS[(SEEDS.arm == "step level") & (SEEDS.seed < 3)]
+    ax = plot_training(table, "reward").axes[0]
+    top = max(path.vertices[:, 1].max() for path in ax.collections[0].get_paths())
+    assert top == pytest.approx(t_interval(table[table.step == 0].reward).high)

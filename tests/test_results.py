@@ -11,10 +11,12 @@ from PIL import Image
 from chunk_grpo_nb.analysis.collect import (
     COLUMNS,
     collect_sweeps,
-    compare_over_prompts,
     load_records,
-    paired_by_seed,
     save_records,
+)
+from chunk_grpo_nb.analysis.statistics import (
+    compare_over_prompts,
+    paired_by_seed,
     seed_means,
     smallest_effect,
 )
@@ -211,7 +213,7 @@ def test_verdicts_over_prompts_and_over_seeds(tmp_path):
         0.2 + 0.01 + 0.002
     )
     assert compare_over_prompts(rows, "r", "chunks", "steps").mean == pytest.approx(0.2)
-    assert paired_by_seed(seed_means(rows, "r"), "r", "steps").verdict.item() == "better"
+    assert paired_by_seed(seed_means(rows, "r"), "r", "steps").verdict.item() == "rises"
     with pytest.raises(KeyError, match="there are arms"):
         compare_over_prompts(rows, "r", "chunk", "base")
     with pytest.raises(
@@ -235,11 +237,11 @@ def test_pairing_by_seed():
     )
     row = paired_by_seed(table, "r", "a").iloc[0]
     assert (
-        row.verdict == "better"
+        row.verdict == "rises"
         and row.difference == pytest.approx(1)
         and row.low == pytest.approx(1 - 0.2484, abs=1e-4)
     )
-    assert paired_by_seed(table, "r", "b").iloc[0].verdict == "worse"
+    assert paired_by_seed(table, "r", "b").iloc[0].verdict == "falls"
     assert paired_by_seed(table.iloc[:2], "r", "a").iloc[0].verdict == "not resolved"
     with pytest.raises(KeyError, match="no arm 'c'"):
         paired_by_seed(table, "r", "c")
@@ -298,7 +300,7 @@ def test_pooling_needs_a_seed_that_all_arms_have():
 
 
 def test_an_interval_that_ends_at_zero_up_to_rounding_is_not_resolved():
-    from chunk_grpo_nb.training.evaluation import Interval
+    from chunk_grpo_nb.analysis.statistics import Interval
 
     assert (
         Interval(-0.1, -0.2, -1e-17, 10).verdict == "not resolved"

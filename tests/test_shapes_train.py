@@ -250,7 +250,7 @@ def test_the_shipped_scorers_prefer_the_right_picture():
 
 @pytest.mark.slow
 def test_the_training_notebooks_feed_each_other(tmp_path):
-    from chunk_grpo_nb.analysis.sweep import run_notebook
+    from chunk_grpo_nb.analysis.notebooks import run_notebook
 
     root = Path(__file__).parent.parent
     small = yaml.safe_load((root / "ci" / "smoke.yaml").read_text(encoding="utf-8"))

@@ -98,7 +98,8 @@ def _train(a: argparse.Namespace) -> None:
 
 def _evaluate(a: argparse.Namespace) -> None:
     out = _new_file(a.out, ".parquet", ".csv")
-    from chunk_grpo_nb.training.evaluation import evaluate, summarize
+    from chunk_grpo_nb.analysis.statistics import summarize
+    from chunk_grpo_nb.training.evaluation import evaluate
     from chunk_grpo_nb.prompts import load_prompts
     from chunk_grpo_nb.rewards.registry import make_reward
     from chunk_grpo_nb.training.rollout import scorer
@@ -159,7 +160,7 @@ def _sample(a: argparse.Namespace) -> None:
 
 
 def _report(a: argparse.Namespace) -> None:
-    from chunk_grpo_nb.analysis.plots import report_page
+    from chunk_grpo_nb.analysis.pages import report_page
     from chunk_grpo_nb.training.records import RunFolder
 
     run = RunFolder.open(a.run)

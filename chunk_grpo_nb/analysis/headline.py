@@ -15,9 +15,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .collect import paired_by_seed
+from .statistics import Interval, paired_by_seed, paired_difference
 from ..training.config import Config, flat, load_config
-from ..training.evaluation import Interval, paired_difference
 from ..training.records import RunFolder, read_rows
 
 # %% auto #0

@@ -5,10 +5,8 @@
 # %% ../../nbs/analysis/06_plots.ipynb #83c65c55
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,368 +14,160 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..training.config import Config, flat
-from ..training.evaluation import bootstrap_interval
-from ..training.records import RunFolder, read_rows
-from .collect import paired_by_seed
-
 # %% auto #0
-__all__ = ['plot_dynamics', 'metrics_table', 'smooth', 'plot_training', 'plot_arms', 'change_by_kind', 'plot_change',
-           'plot_kinds', 'plot_steps', 'plot_images', 'plot_method', 'run_figures', 'report_page', 'live_curve']
+__all__ = ['PALETTE', 'WIDTH', 'HEIGHT', 'DPI', 'STEP_LABEL', 'make_axes', 'legend_beside', 'shade_chunks', 'draw_dynamics',
+           'plot_dynamics', 'plot_ratios', 'plot_steps', 'plot_images', 'plot_method']
 
 # %% ../../nbs/analysis/06_plots.ipynb #10f136cf
-_PALETTE = "colorblind"
+PALETTE = "colorblind"
+WIDTH, HEIGHT = 8.0, 3.0  # inches
+DPI = 85
+STEP_LABEL = "sampling step (0 is the noisiest)"
 
 
-def _axes(width: float = 8, height: float = 3, rows: int = 1, columns: int = 1, **options):
-    "A figure and its axes in the style of this project."
-    with (
-        sns.axes_style("whitegrid"),
-        sns.plotting_context("notebook", font_scale=0.85),
-    ):  # restore their own settings only; rc_context would undo a notebook's backend
+def make_axes(
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    rows: int = 1,
+    columns: int = 1,
+    **options,  # of `plt.subplots`
+):
+    """A figure and its axes (one, or an array of them) in the style of this project."""
+    style, context = sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.85)
+    with style, context:  # rc_context would undo a notebook's backend
         figure, axes = plt.subplots(
-            rows, columns, figsize=(width, height), dpi=85, layout="constrained", **options
+            rows, columns, figsize=(width, height), dpi=DPI, layout="constrained", **options
         )
     plt.close(figure)  # out of pyplot's list: shown where it is returned, and only there
     return figure, axes
 
 
-def _legend(ax, **options) -> None:
-    "A legend beside the axes, where it hides nothing."
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(
-            loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", **options
-        )
+def legend_beside(ax, handles=None, **options) -> None:
+    """A legend to the right of the axes, where it hides nothing; none without labels."""
+    handles = handles or ax.get_legend_handles_labels()[0]
+    if handles:
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
+        ax.legend(handles=handles, **place, fontsize="small", **options)
 
 # %% ../../nbs/analysis/06_plots.ipynb #22fb967a
-def plot_dynamics(
-    curves,  # (steps,) or (trajectories, steps): relative distances
-    chunk_sizes: Sequence[int] | None = None,  # shaded and numbered; must sum to `steps`
-    label: str = "SDE rollout",  # what kind of rollout the curves come from
-    metric: str = "L1",
-) -> Figure:
-    """Mean dynamics with the band of 80 % of the trajectories, and the chunks behind it."""
-    curves = np.atleast_2d(np.asarray(curves, dtype=float))
-    steps = np.arange(curves.shape[1])
-    figure, ax = _axes()
-    if chunk_sizes is not None:
-        _shade(ax, chunk_sizes, len(steps))
-    colour = sns.color_palette(_PALETTE)[0]
-    if len(curves) > 1:
-        low, high = np.quantile(curves, [0.1, 0.9], axis=0)
-        ax.fill_between(
-            steps, low, high, color=colour, alpha=0.25, linewidth=0, label=f"80 % of {len(curves)}"
-        )
-    ax.plot(steps, curves.mean(0), color=colour, marker="o", markersize=4, label=f"mean, {label}")
-    ax.set(
-        xlabel="sampling step (0 is the noisiest)",
-        ylabel=f"relative {metric} distance",
-        xlim=(-0.5, len(steps) - 0.5),
-        xticks=steps,
-        ylim=(0, None),
-    )
-    _legend(ax)
-    return figure
-
-
-def _shade(ax, sizes: Sequence[int], steps: int) -> None:
-    "Alternate grey bands, with the chunk's number above."
+def shade_chunks(
+    ax,
+    sizes: Sequence[int],
+    steps: int,  # that the axis shows; the sizes must sum to it
+    names: bool = True,  # write "chunk k" above each
+) -> None:
+    """Alternate grey bands behind the chunks of an axis of sampling steps."""
     if sum(sizes) != steps:
         raise ValueError(
             f"chunk sizes {list(sizes)} sum to {sum(sizes)}, the curve has {steps} steps"
         )
     edges = np.cumsum([0, *sizes]) - 0.5
-    for k, (a, b) in enumerate(zip(edges, edges[1:])):
-        ax.axvspan(a, b, color="0.5", alpha=0.18 if k % 2 == 0 else 0.06, linewidth=0)
-        ax.text(
-            (a + b) / 2,
-            1.01,
-            f"chunk {k}",
-            transform=ax.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize="x-small",
-            color="0.3",
-        )
-
-# %% ../../nbs/analysis/06_plots.ipynb #9b2b1f0b
-def metrics_table(
-    runs: Mapping[tuple[str, int], RunFolder],  # (arm, seed) -> run
-    name: str = "metrics",  # or "validation"
-) -> pd.DataFrame:
-    """The rows of several runs in one table, with `arm` and `seed`; metrics also get `step` (updates so far) and `evaluations` (of the network, in all)."""
-    parts = []
-    for (arm, seed), run in runs.items():
-        rows = read_rows(run, name)
-        if rows.empty:
-            raise ValueError(f"{run.path} has no {name} yet")
-        rows = rows.assign(arm=arm, seed=seed)
-        if name == "metrics":
-            spent = [c for c in rows if c.startswith("evaluations_")]
-            rows = rows.assign(
-                step=np.arange(1, len(rows) + 1), evaluations=rows[spent].sum(axis=1)
+    for k, (left, right) in enumerate(zip(edges, edges[1:])):
+        ax.axvspan(left, right, color="0.5", alpha=0.06 if k % 2 else 0.18, linewidth=0)
+        if names:
+            ax.annotate(
+                f"chunk {k}" if max(len(sizes), 8) * 2 <= steps else str(k),
+                ((left + right) / 2, 1.01),
+                xycoords=ax.get_xaxis_transform(),
+                ha="center",
+                fontsize="x-small",
+                color="0.3",
             )
-        parts.append(rows)
-    return pd.concat(parts, ignore_index=True)
 
 
-def smooth(
-    table: pd.DataFrame,  # with the columns of `by`
-    y: str,
-    window: int,  # rows averaged, the present one and those before it
-    by: Sequence[str] = ("arm", "seed"),
-) -> pd.DataFrame:
-    """`table` with `y` replaced by its trailing mean within each run: rollout rewards are noisy from batch to batch."""
-    rolled = table.groupby(list(by), sort=False)[y].transform(
-        lambda s: s.rolling(window, min_periods=1).mean()
-    )
-    return table.assign(**{y: rolled})
-
-# %% ../../nbs/analysis/06_plots.ipynb #0b588084
-def _curve(ax, part: pd.DataFrame, x: str, y: str, seed: str, colour, name: str) -> None:
-    "One arm: thin lines for single seeds, a thick one for their mean at the `x` they share, a band for its interval from three seeds on."
-    wide = part.pivot_table(index=x, columns=seed, values=y)
-    for column in wide.columns if wide.shape[1] > 1 else []:
-        line = wide[column].dropna()
-        ax.plot(line.index, line, color=colour, linewidth=0.7, alpha=0.5)
-    shared = wide.dropna()
-    ax.plot(
-        shared.index,
-        shared.mean(axis=1),
-        color=colour,
-        linewidth=2.2,
-        label=f"{name} ({wide.shape[1]} seed{'s' * (wide.shape[1] > 1)})",
-    )
-    if wide.shape[1] >= 3 and len(shared):
-        bands = [bootstrap_interval(row, resamples=500) for row in shared.to_numpy()]
-        ax.fill_between(
-            shared.index,
-            [b.low for b in bands],
-            [b.high for b in bands],
-            color=colour,
-            alpha=0.2,
-            linewidth=0,
-        )
+def draw_dynamics(
+    ax,
+    curves,  # (steps,) or (trajectories, steps): relative distances
+    chunk_sizes: Sequence[int] | None = None,  # shaded and numbered; must sum to `steps`
+    label: str = "SDE rollout",  # what kind of rollout the curves come from
+    metric: str = "L1",
+) -> None:
+    """Onto `ax`: mean dynamics, the band of 80 % of the trajectories, and the chunks behind."""
+    curves = np.atleast_2d(np.asarray(curves, dtype=float))
+    steps, colour = np.arange(curves.shape[1]), sns.color_palette(PALETTE)[0]
+    if chunk_sizes is not None:
+        shade_chunks(ax, chunk_sizes, len(steps))
+    if len(curves) > 1:
+        low, high = np.quantile(curves, [0.1, 0.9], axis=0)
+        band = f"80 % of {len(curves)}"
+        ax.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0, label=band)
+    name = f"mean, {label}" if len(curves) > 1 else label
+    ax.plot(steps, curves.mean(0), "o-", color=colour, markersize=4, label=name)
+    ax.set(xlabel=STEP_LABEL, ylabel=f"relative {metric} distance", ylim=(0, None))
+    ax.set(xlim=(-0.5, len(steps) - 0.5), xticks=steps[:: 1 + len(steps) // 26])
 
 
-def plot_training(
-    table: pd.DataFrame,  # tidy: one row per run and point
-    y: str,
-    x: str = "step",  # or "evaluations", "iteration"
-    arm: str = "arm",
-    seed: str = "seed",
-    labels: tuple[str, str] | None = None,  # of the axes; default from the names
-    baseline: str
-    | None = None,  # an arm: each of the others then gets a panel of its own, with this one in grey behind it
+def plot_dynamics(
+    curves,  # as for `draw_dynamics`
+    chunk_sizes: Sequence[int] | None = None,
+    label: str = "SDE rollout",
+    metric: str = "L1",
 ) -> Figure:
-    """Thin lines: single seeds. Thick line: their mean at the `x` values they share. Band: 95 % bootstrap interval over seeds, from three seeds on."""
-    for column in (x, y, arm, seed):
+    """Mean dynamics with the band of 80 % of the trajectories, and the chunks behind it."""
+    figure, ax = make_axes()
+    draw_dynamics(ax, curves, chunk_sizes, label, metric)
+    legend_beside(ax)
+    return figure
+
+# %% ../../nbs/analysis/06_plots.ipynb #34ee62dd
+def _draw_spread(ax, part: pd.DataFrame, sizes: Sequence[int]) -> None:
+    "The spread of the ratios of one arm, a colour for each update."
+    edges = np.cumsum([0, *sizes]) - 0.5
+    moved = part[part["spread"] > 0]
+    updates = sorted(moved["update"].unique())
+    for colour, update in zip(sns.color_palette("flare", len(updates)), updates):
+        mean = moved[moved["update"] == update].groupby("index")["spread"].mean()
+        left, right = edges[mean.index], edges[mean.index + 1]
+        name = f"update {update + 1}"
+        if max(sizes) == 1:
+            ax.plot((left + right) / 2, mean, "o-", color=colour, markersize=4, label=name)
+        else:
+            ax.hlines(mean, left + 0.1, right - 0.1, color=colour, linewidth=3, label=name)
+    ax.set_yscale("log")
+
+
+def _draw_clipping(ax, part: pd.DataFrame, sizes: Sequence[int]) -> None:
+    "The shares of clipped ratios of one arm: at the upper bound upwards, at the lower downwards."
+    edges = np.cumsum([0, *sizes]) - 0.5
+    mean = part.groupby("index")[["clip_low", "clip_high"]].mean()
+    left, width = edges[mean.index] + 0.08, np.asarray(sizes)[mean.index] - 0.16
+    upper, lower = sns.color_palette(PALETTE)[3], sns.color_palette(PALETTE)[2]
+    above, below = 100 * mean["clip_high"], -100 * mean["clip_low"]
+    ax.bar(left, above, width, align="edge", color=upper, label="at the upper bound")
+    ax.bar(left, below, width, align="edge", color=lower, label="at the lower bound")
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+
+
+def plot_ratios(
+    table: pd.DataFrame,  # arm, update, index (of the unit), spread, clip_low, clip_high
+    chunk_sizes: Mapping[str, Sequence[int]],  # arm -> steps of each unit; ones for step level
+) -> Figure:
+    """Spread of the ratios (above) and clipped shares (below) per step or chunk, arm by arm.
+
+    `update` counts from 0 within an iteration; rows of several iterations and seeds are averaged.
+    """
+    for column in ("arm", "update", "index", "spread", "clip_low", "clip_high"):
         if column not in table:
-            raise KeyError(f"plot_training: no column {column!r}; there are {list(table.columns)}")
-    labels = labels or (
-        {"step": "update", "evaluations": "network evaluations"}.get(x, x),
-        y.replace("_", " "),
-    )
-    parts = dict(iter(table.groupby(arm, sort=False)))
-    if baseline is not None and (baseline not in parts or len(parts) < 2):
-        raise KeyError(
-            f"plot_training: baseline {baseline!r} needs to be an arm beside others; there are {list(parts)}"
-        )
-    behind = parts.pop(baseline, None)
-    colours = sns.color_palette(_PALETTE, len(parts))
-    if baseline is None:
-        figure, ax = _axes()
-        for colour, (name, part) in zip(colours, parts.items()):
-            _curve(ax, part, x, y, seed, colour, name)
-        ax.set(xlabel=labels[0], ylabel=labels[1])
-        _legend(ax)
-        return figure
-    columns = min(3, len(parts))
-    rows = -(-len(parts) // columns)
-    figure, axes = _axes(
-        3.1 * columns, 0.5 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False
-    )
-    for ax in axes.flat[len(parts) :]:
-        ax.set_visible(False)
-    for ax, colour, (name, part) in zip(axes.flat, colours, parts.items()):
-        _curve(ax, behind, x, y, seed, "0.5", baseline)
-        _curve(ax, part, x, y, seed, colour, name)
-        ax.set_title(f"{name}, {part[seed].nunique()} seeds", fontsize="small", color=colour)
-    figure.supxlabel(labels[0], fontsize="small")
-    figure.supylabel(f"{labels[1]}\n(grey: {baseline})", fontsize="small")
-    return figure
-
-# %% ../../nbs/analysis/06_plots.ipynb #4ecba3ac
-def plot_arms(
-    table: pd.DataFrame,  # one row per (arm, seed)
-    y: str,
-    baseline: str,
-    arm: str = "arm",
-    seed: str = "seed",
-    label: str | None = None,  # of the values
-    reference: float | None = None,  # a dotted line on the left, such as the value before training
-    **options,  # of `results.paired_by_seed`: pooled, comparisons
-) -> Figure:
-    """Left: every seed in every arm, joined by seed. Right: paired difference to `baseline` with its 95 % interval, filled where it excludes 0."""
-    differences = paired_by_seed(table, y, baseline, arm, seed, **options)
-    order, label = list(table[arm].unique()), label or y.replace("_", " ")
-    figure, (left, right) = _axes(8.5, 1.2 + 0.36 * len(order), columns=2, sharey=True)
-    place = {name: i for i, name in enumerate(order)}
-    for _, part in table.groupby(seed):
-        left.plot(part[y], part[arm].map(place), color="0.75", linewidth=0.8, zorder=1)
-    sns.scatterplot(
-        table,
-        x=y,
-        y=table[arm].map(place),
-        hue=seed,
-        palette=sns.color_palette(_PALETTE, table[seed].nunique()),
-        s=28,
-        ax=left,
-        zorder=2,
-    )
-    for row in differences.itertuples():
-        at, resolved = place[getattr(row, arm)], row.verdict != "not resolved"
-        if np.isfinite(row.low):
-            right.plot([row.low, row.high], [at, at], color="0.2", linewidth=1.5)
-        right.plot(
-            row.difference, at, "o", color="0.2", markerfacecolor="0.2" if resolved else "white"
-        )
-    if reference is not None:
-        left.axvline(reference, color="0.4", linewidth=1, linestyle=":")
-    right.axvline(0, color="0.5", linewidth=1, linestyle="--")
-    left.set(
-        yticks=range(len(order)),
-        yticklabels=order,
-        xlabel=label,
-        ylabel="",
-        ylim=(len(order) - 0.5, -0.5),
-    )
-    right.set_xlabel(
-        f"difference to {baseline}\n95 % interval over {int(differences.pairs.min()) if len(differences) else 0} pairs"
-    )
-    handles = left.get_legend_handles_labels()
-    left.get_legend().remove()
-    right.legend(
-        *handles,
-        title="seed",
-        loc="upper left",
-        bbox_to_anchor=(1, 1),
-        frameon=False,
-        fontsize="x-small",
-        title_fontsize="x-small",
-    )
-    return figure
-
-# %% ../../nbs/analysis/06_plots.ipynb #bcfd611c
-def change_by_kind(
-    before: pd.DataFrame,  # of `evaluation.evaluate`: prompt_index, image, kind, rewards
-    after: pd.DataFrame,  # of the same prompts and seeds
-    column: str,
-) -> pd.DataFrame:
-    """Mean of `column` before and after, and the mean change with its 95 % interval over prompts: one row for all and one per kind."""
-    keys = ["prompt_index", "image"]
-    for name, table in (("before", before), ("after", after)):
-        if missing := [c for c in (*keys, column) if c not in table]:
-            raise KeyError(
-                f"change_by_kind: no column {missing[0]!r} in {name}; it has {list(table.columns)}"
-            )
-    both = before.merge(after[[*keys, column]], on=keys, suffixes=("_before", "_after"))
-    if not len(both) == len(before) == len(after):
-        raise ValueError(
-            f"change_by_kind: {len(before)} rows before, {len(after)} after, {len(both)} in common; compare the same prompts, images and seed"
-        )
-    both["change"] = both[f"{column}_after"] - both[f"{column}_before"]
-    parts = [
-        ("all", both),
-        *(
-            both.groupby("kind", sort=False)
-            if "kind" in both and both["kind"].nunique() > 1
-            else []
-        ),
-    ]
-    rows = []
-    for kind, part in parts:
-        i = bootstrap_interval(part.groupby("prompt_index")["change"].mean())
-        rows.append(
-            {
-                "kind": kind,
-                "before": part[f"{column}_before"].mean(),
-                "after": part[f"{column}_after"].mean(),
-                "change": i.mean,
-                "low": i.low,
-                "high": i.high,
-                "prompts": i.n,
-                "verdict": i.verdict,
-            }
-        )
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/analysis/06_plots.ipynb #9e93038a
-def plot_change(
-    changes: pd.DataFrame,  # of `change_by_kind`
-    label: str = "reward",
-) -> Figure:
-    """Left: mean before (hollow) and after (filled) per kind. Right: the change with its 95 % interval over prompts."""
-    figure, (left, right) = _axes(8.5, 0.9 + 0.34 * len(changes), columns=2, sharey=True)
-    y, colour = np.arange(len(changes)), sns.color_palette(_PALETTE)[0]
-    left.hlines(y, changes.before, changes.after, color="0.7", linewidth=2, zorder=1)
-    left.scatter(changes.before, y, facecolor="white", edgecolor=colour, zorder=2, label="before")
-    left.scatter(changes.after, y, color=colour, zorder=3, label="after")
-    right.hlines(y, changes.low, changes.high, color=colour, linewidth=2)
-    right.scatter(changes.change, y, color=colour, zorder=2)
-    right.axvline(0, color="0.5", linewidth=1, linestyle="--")
-    names = [f"{row.kind} ({row.prompts})" for row in changes.itertuples()]
-    left.set(
-        yticks=y,
-        yticklabels=names,
-        xlabel=label,
-        ylabel="kind (prompts)",
-        ylim=(len(changes) - 0.5, -0.5),
-    )
-    right.set_xlabel("change, 95 % interval over prompts")
-    right.legend(
-        *left.get_legend_handles_labels(),
-        loc="upper left",
-        bbox_to_anchor=(1, 1),
-        frameon=False,
-        fontsize="x-small",
-    )
-    return figure
-
-# %% ../../nbs/analysis/06_plots.ipynb #a7c1e002
-def plot_kinds(
-    changes: pd.DataFrame,  # rows: arm, kind, change, low, high
-    label: str,  # what a colour means
-) -> Figure:
-    """A heat map of arms against kinds, each change written into its place; bold where the interval excludes 0."""
-    arms, kinds = list(changes["arm"].unique()), list(changes["kind"].unique())
-    wide = changes.pivot(index="arm", columns="kind", values="change").loc[arms, kinds]
-    largest = float(np.abs(wide.to_numpy()).max()) or 1.0
-    figure, ax = _axes(3.2 + 0.85 * len(kinds), max(2.4, 0.9 + 0.34 * len(arms)))
-    sns.heatmap(
-        wide,
-        cmap="vlag",
-        center=0,
-        vmin=-largest,
-        vmax=largest,
-        ax=ax,
-        linewidths=1,
-        cbar_kws={"label": label},
-    )
-    for row in changes.itertuples():
-        resolved, strong = row.low > 1e-12 or row.high < -1e-12, abs(row.change) > 0.6 * largest
-        ax.text(
-            kinds.index(row.kind) + 0.5,
-            arms.index(row.arm) + 0.5,
-            f"{row.change:+.3f}",
-            ha="center",
-            va="center",
-            fontsize="small",
-            fontweight="bold" if resolved else "normal",
-            color="white" if strong else "0.15" if resolved else "0.4",
-        )
-    ax.set(xlabel="", ylabel="")
-    ax.tick_params(axis="both", labelrotation=0, length=0)
+            raise KeyError(f"plot_ratios: no column {column!r}; there are {list(table.columns)}")
+    columns, shapes = len(chunk_sizes), {"sharex": True, "sharey": "row", "squeeze": False}
+    figure, axes = make_axes(1.6 + 3.6 * columns, 4.6, 2, columns, **shapes)
+    for (top, bottom), (arm, sizes) in zip(axes.T, chunk_sizes.items()):
+        part, steps = table[table["arm"] == arm], sum(sizes)
+        if part.empty:
+            raise KeyError(f"plot_ratios: no arm {arm!r}; there are {list(table['arm'].unique())}")
+        _draw_spread(top, part, sizes)
+        _draw_clipping(bottom, part, sizes)
+        for ax in (top, bottom):
+            if max(sizes) > 1:
+                shade_chunks(ax, sizes, steps, names=ax is top)
+            ax.set(xlim=(-0.5, steps - 0.5), xticks=range(0, steps, 2))
+        top.set_title(arm, pad=14, fontsize="medium")
+        bottom.set_xlabel(STEP_LABEL)
+    axes[0, 0].set_ylabel("standard deviation\nof the ratio")
+    axes[1, 0].set_ylabel("clipped ratios (%)")
+    for ax in axes[:, -1]:
+        legend_beside(ax)
     return figure
 
 # %% ../../nbs/analysis/06_plots.ipynb #a8a8282d
@@ -389,210 +179,86 @@ def plot_steps(
 ) -> Figure:
     """A heat map of a per-step quantity over training, chunks separated by white lines."""
     values = np.atleast_2d(np.asarray(values, dtype=float))
-    figure, ax = _axes(8, 3)
-    sns.heatmap(
-        values,
-        cmap="rocket_r",
-        ax=ax,
-        cbar_kws={"label": label},
-        xticklabels=True,
-        yticklabels=max(1, len(values) // 8),
-    )
+    figure, ax = make_axes()
+    every = max(1, len(values) // 8)
+    colours = {"cmap": "rocket_r", "cbar_kws": {"label": label}}
+    sns.heatmap(values, ax=ax, **colours, xticklabels=True, yticklabels=every)
     for edge in np.cumsum(chunk_sizes)[:-1] if chunk_sizes is not None else []:
         ax.axvline(edge, color="white", linewidth=2)
-    ax.set(xlabel="sampling step (0 is the noisiest)", ylabel=row_label)
+    ax.set(xlabel=STEP_LABEL, ylabel=row_label)
     ax.tick_params(axis="both", labelrotation=0)
     return figure
 
 # %% ../../nbs/analysis/06_plots.ipynb #90916f30
+def _draw_picture(ax, picture, met: bool | None) -> None:
+    "One image without axes, framed by its verdict."
+    ax.imshow(picture, interpolation="nearest" if picture.width <= 128 else "antialiased")
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    if met is None:
+        return
+    colour = sns.color_palette(PALETTE)[2 if met else 3]
+    for spine in ax.spines.values():
+        spine.set(edgecolor=colour, linewidth=2.5)
+    ax.set_xlabel("✓" if met else "✗", color=colour, fontsize="medium", labelpad=1)
+
+
 def plot_images(
     images: Mapping[str, Sequence],  # row label -> PIL images, as many in every row
     titles: Sequence[str] | None = None,  # of the columns: the prompts
     size: float = 1.0,  # inches a side
+    marks: Mapping[str, Sequence[bool]] | None = None,  # row label -> whether the prompt is met
 ) -> Figure:
-    """A labelled grid; small images are enlarged without smoothing."""
-    from textwrap import fill
-
+    """A labelled grid of images; small ones are enlarged without smoothing."""
     counts = {name: len(row) for name, row in images.items()}
     if not images or len(set(counts.values())) != 1 or not min(counts.values()):
         raise ValueError(f"plot_images: every row needs the same number of images, got {counts}")
     columns = next(iter(counts.values()))
     if titles is not None and len(titles) != columns:
         raise ValueError(f"plot_images: {len(titles)} titles for {columns} columns")
-    figure, axes = _axes(
-        1.1 + columns * (size + 0.12),
-        0.6 * (titles is not None) + len(images) * (size + 0.08),
-        len(images),
-        columns,
-        squeeze=False,
-    )
+    wrapped = [fill(title, int(15 * size)) for title in titles or []]
+    above = 0.16 * max((title.count("\n") + 1 for title in wrapped), default=0)
+    height = 0.1 + above + len(images) * (size + (0.28 if marks else 0.08))
+    shape = (1.2 + columns * (size + 0.12), height, len(images), columns)
+    figure, axes = make_axes(*shape, squeeze=False)
     for row, (name, pictures) in zip(axes, images.items()):
-        for ax, picture in zip(row, pictures):
-            ax.imshow(picture, interpolation="nearest" if picture.width <= 128 else "antialiased")
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
+        met = marks[name] if marks else [None] * columns
+        for ax, picture, mark in zip(row, pictures, met):
+            _draw_picture(ax, picture, None if mark is None else bool(mark))
         row[0].set_ylabel(fill(name, 12), fontsize="small", rotation=0, ha="right", va="center")
-    for ax, title in zip(axes[0], titles or []):
-        ax.set_title(fill(title, int(15 * size)), fontsize="x-small")
+    for ax, title in zip(axes[0], wrapped):
+        ax.set_title(title, fontsize="x-small")
     return figure
 
 # %% ../../nbs/analysis/06_plots.ipynb #1340e5ae
 def plot_method(
-    believed: Sequence,  # PIL images, one per trained step: the predicted original
+    guesses: Sequence,  # PIL images, one per trained step: the predicted original
     curves,  # (trajectories, steps)
     chunk_sizes: Sequence[int],
     title: str = "",  # the prompt
 ) -> Figure:
-    """Images along the way, their dynamics with the chunks, and the step weights that the chunks imply."""
+    """Images along the way, their dynamics with the chunks, and the step weights these imply."""
     import torch
 
     from chunk_grpo_nb.chunking import chunk_ids_from_sizes
     from chunk_grpo_nb.objective import implied_step_weights
 
-    mean, steps = np.atleast_2d(np.asarray(curves, dtype=float)).mean(0), len(believed)
-    weights = implied_step_weights(torch.as_tensor(chunk_ids_from_sizes(list(chunk_sizes)))).numpy()
-    figure, (top, middle, bottom) = _axes(
-        9, 4.6, rows=3, sharex=True, gridspec_kw={"height_ratios": [0.66, 2.2, 1.5]}
-    )
-    for t, picture in enumerate(believed):
-        top.imshow(
-            picture,
-            extent=(t - 0.46, t + 0.46, 0, 1),
-            aspect="auto",
-            interpolation="nearest" if picture.width <= 128 else "antialiased",
-        )
+    steps, orange = len(guesses), sns.color_palette(PALETTE)[1]
+    ids = torch.as_tensor(chunk_ids_from_sizes(list(chunk_sizes)))
+    heights = {"sharex": True, "gridspec_kw": {"height_ratios": [0.66, 2.2, 1.5]}}
+    figure, (top, middle, bottom) = make_axes(9, 4.6, rows=3, **heights)
+    for t, picture in enumerate(guesses):
+        smooth = "nearest" if picture.width <= 128 else "antialiased"
+        top.imshow(picture, extent=(t - 0.46, t + 0.46, 0, 1), aspect="auto", interpolation=smooth)
     top.set(yticks=[], ylim=(0, 1))
     top.set_title(title, fontsize="small")
     top.grid(False)
-    top.set_ylabel("belief", rotation=0, ha="right", va="center")
-    _shade(middle, chunk_sizes, steps)
-    middle.plot(mean, "o-", color=sns.color_palette(_PALETTE)[0], markersize=4)
-    middle.set_ylabel("relative\nchange", rotation=0, ha="right", va="center")
-    _shade(bottom, chunk_sizes, steps)
-    bottom.bar(range(steps), weights, color=sns.color_palette(_PALETTE)[1], width=0.8)
+    draw_dynamics(middle, np.atleast_2d(curves).mean(0), chunk_sizes)
+    shade_chunks(bottom, chunk_sizes, steps, names=False)
+    bottom.bar(range(steps), implied_step_weights(ids).numpy(), color=orange, width=0.8)
     bottom.plot(range(steps), np.ones(steps), "o", color="0.3", markersize=3)
-    for text in list(bottom.texts):
-        text.remove()
-    bottom.set_ylabel("weight of\na step", rotation=0, ha="right", va="center")
-    bottom.set(
-        xlabel="sampling step (0 is the noisiest)", xlim=(-0.5, steps - 0.5), xticks=range(steps)
-    )
+    middle.set_xlabel("")
+    for ax, text in ((top, "guess"), (middle, "relative\nL1 distance"), (bottom, "step\nweight")):
+        ax.set_ylabel(text, rotation=0, ha="right", va="center")
+    bottom.set(xlabel=STEP_LABEL, xlim=(-0.5, steps - 0.5), xticks=range(steps))
     return figure
-
-# %% ../../nbs/analysis/06_plots.ipynb #970bda75
-def run_figures(
-    run: RunFolder,
-    window: int = 5,  # updates averaged in the reward curves
-) -> dict[str, Figure]:
-    """Name -> figure: rewards, validation, dynamics (last iteration), log-prob shift per step; those whose records exist."""
-    figures, key = {}, {("run", run.config.run.seed): run}
-    metrics = read_rows(run)
-    if len(metrics):
-        table = metrics_table(key)
-        for column in [c for c in table if c.startswith("reward_")]:
-            figures[column] = plot_training(smooth(table, column, window), column)
-        for column in ("grad_norm", "ratio_std"):
-            if column in table and pd.api.types.is_numeric_dtype(table[column]):
-                figures[column] = plot_training(table, column)
-        if "log_prob_shift" in metrics:
-            late = metrics[metrics["update"] == metrics["update"].max()]
-            figures["log_prob_shift"] = plot_steps(
-                np.array(late["log_prob_shift"].tolist(), dtype=float), "mean |Δ log-prob|"
-            )
-    validation = read_rows(run, "validation")
-    for column in (
-        validation.columns.difference(["iteration"], sort=False) if len(validation) > 1 else []
-    ):
-        figures[f"validation_{column}"] = plot_training(
-            metrics_table(key, "validation"),
-            column,
-            x="iteration",
-            labels=("iteration", f"validation {column.replace('_', ' ')}"),
-        )
-    dynamics = read_rows(run, "dynamics")
-    if len(dynamics):
-        figures["dynamics"] = plot_dynamics(
-            np.array(dynamics["mean"].tolist()),
-            label="SDE rollout, a curve per iteration",
-            metric=run.config.objective.metric.upper(),
-        )
-    return figures
-
-# %% ../../nbs/analysis/06_plots.ipynb #625fe0a8
-def _embedded(content: bytes) -> str:
-    "A picture inside the page."
-    return f'<img src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-
-
-def _figure_html(name: str, figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return f"<h2>{html.escape(name.replace('_', ' '))}</h2>\n{_embedded(buffer.getvalue())}"
-
-
-def report_page(
-    run: RunFolder,
-    window: int = 5,  # updates averaged in the reward curves
-) -> str:
-    """An HTML page of a run, from its records alone."""
-    settings, usual = flat(run.config), flat(Config())
-    changed = {k: v for k, v in settings.items() if v != usual[k]}
-    facts = {
-        k: run.manifest.get(k)
-        for k in ("git_commit", "git_dirty", "device", "python", "platform", "versions", "hashes")
-    }
-
-    def table(rows: dict) -> str:
-        return (
-            "<table>"
-            + "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in rows.items())
-            + "</table>"
-        )
-
-    parts = [
-        f"<h1>{html.escape(run.path.name)}</h1>",
-        "<h2>settings that differ from the defaults</h2>",
-        table(changed),
-        "<h2>made with</h2>",
-        table(facts),
-    ]
-    parts += [_figure_html(name, figure) for name, figure in run_figures(run, window).items()] or [
-        "<p>No metrics yet.</p>"
-    ]
-    for grid in sorted((run.path / "samples").glob("*.png"))[-1:]:
-        parts.append(f"<h2>{html.escape(grid.stem)}</h2>\n{_embedded(grid.read_bytes())}")
-    style = "body{font:15px sans-serif;max-width:60em;margin:2em auto;color:#222}th{text-align:left;padding-right:2em;vertical-align:top}img{max-width:100%}"
-    return "\n".join(
-        [
-            '<!doctype html><meta charset="utf-8">',
-            f"<title>{html.escape(run.path.name)}</title><style>{style}</style>",
-            *parts,
-        ]
-    )
-
-# %% ../../nbs/analysis/06_plots.ipynb #e150ea14
-def live_curve(
-    column: str,  # of the metrics, such as "reward_shapes_dense"
-    window: int = 5,  # updates averaged
-    every: int = 5,  # iterations between redraws
-):
-    """A callback `(run, iteration)` that keeps one figure of `column` up to date in a notebook."""
-    from IPython.display import display
-
-    shown = {}
-
-    def callback(run: RunFolder, iteration: int) -> None:
-        if iteration % every and iteration + 1 != run.config.optimisation.iterations:
-            return
-        table = smooth(metrics_table({("this run", run.config.run.seed): run}), column, window)
-        figure = plot_training(
-            table,
-            column,
-            x="iteration",
-            labels=("iteration", f"{column.replace('_', ' ')},\nmean of {window} updates"),
-        )
-        shown["handle"].update(figure) if shown else shown.update(
-            handle=display(figure, display_id=True)
-        )
-
-    return callback
