@@ -187,7 +187,7 @@ def _even(path: Path, rows: list[tuple[int, list[str]]]) -> list[tuple[int, list
             )
     return rows
 
-
+# %% ../nbs/data/02_prompts.ipynb #89d541d1
 def _table_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Line number and cells of every row, the header first."""
     text = _read_text(path)
@@ -354,7 +354,7 @@ def _checked_source(source: object, split: object, limit: object) -> Path:
         raise PromptError(f"no file can have the name {excerpt(str(source))}; check the path")
     return packaged_prompts(source) or Path(source).expanduser()
 
-
+# %% ../nbs/data/02_prompts.ipynb #32a8191d
 def _read_source(source: str | Path, path: Path, split: str | None) -> Iterator[Prompt]:
     """Prompts of a folder, of a file by its suffix, or of a data set id."""
     suffix = path.suffix.lower()

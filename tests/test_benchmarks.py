@@ -1,4 +1,4 @@
-"""Benchmark folders as their official scorers read them, and our GenEval scorer on small detectors."""
+"""Benchmark folders as official scorers read them, and our GenEval scorer on small detectors."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from chunk_grpo_nb.rewards.geneval import (
     ColourClassifier,
     Found,
     GenEvalScorer,
-    judge,
+    check_objects,
     objects_from_queries,
     relations,
 )
@@ -170,17 +170,17 @@ def test_prompts_of_another_benchmark_are_refused(tmp_path, run, prompt, message
 def test_generators_that_cannot_be_right_are_refused(tmp_path, prompts):
     with pytest.raises(ValueError, match="returned 1 images for 4"):
         benchmarks.generate_geneval(
-            prompts, lambda texts, seeds: painter(texts, seeds)[:1], tmp_path
+            prompts, lambda texts, seeds: painter(texts, seeds)[:1], tmp_path / "geneval"
         )
     with pytest.raises(ValueError, match="cuts squares"):
         benchmarks.generate_dpg(
             [Prompt("a", {"name": "1"})],
             lambda texts, seeds: [Image.new("RGB", (8, 4))] * 4,
-            tmp_path,
+            tmp_path / "dpg",
         )
     twice = [Prompt("a", {"prompt_id": 1}), Prompt("b", {"prompt_id": 1})]
     with pytest.raises(ValueError, match="occurs twice"):
-        benchmarks.generate_wise(twice, painter, tmp_path)
+        benchmarks.generate_wise(twice, painter, tmp_path / "wise")
 
 
 def test_seeds_differ_and_stay():
@@ -225,7 +225,10 @@ def test_relations(a, b, expected):
     assert relations(a.box, b.box) == expected
 
 
-NO_COLOURS = lambda found, name: pytest.fail("colours were not asked for")
+def no_colours(found, name):
+    pytest.fail("colours were not asked for")
+
+
 CASES = [
     ({"include": [{"class": "dog", "count": 1}]}, {"dog": [box(0, 0)]}, True),
     ({"include": [{"class": "dog", "count": 1}]}, {"cat": [box(0, 0)]}, False),
@@ -253,7 +256,7 @@ CASES = [
 
 @pytest.mark.parametrize("metadata, objects, correct", CASES)
 def test_rules_of_counting_and_position(metadata, objects, correct):
-    verdict = judge(objects, metadata, NO_COLOURS)
+    verdict = check_objects(objects, metadata, no_colours)
     assert verdict.correct is correct and bool(verdict.reasons) is not correct
 
 
@@ -266,8 +269,10 @@ def test_rules_of_colour():
         asked.append((len(found), name))
         return ["red", "red"]
 
-    assert judge(dogs, clause, colours).correct and asked == [(2, "dog")]  # the two most confident
-    assert judge(dogs, clause, lambda *a: ["red", "blue"]).reasons == (
+    assert check_objects(dogs, clause, colours).correct and asked == [
+        (2, "dog")
+    ]  # the two most confident
+    assert check_objects(dogs, clause, lambda *a: ["red", "blue"]).reasons == (
         "expected red dog>=2, found red, blue",
     )
     both = {
@@ -277,7 +282,9 @@ def test_rules_of_colour():
         ]
     }
     assert (
-        judge({"dog": [box(0, 0)], "cat": [box(0, 0)]}, both, lambda *a: ["blue"]).reasons[1]
+        check_objects({"dog": [box(0, 0)], "cat": [box(0, 0)]}, both, lambda *a: ["blue"]).reasons[
+            1
+        ]
         == "no target for cat to be above"
     )
 
@@ -286,7 +293,7 @@ def test_rules_of_colour():
 
 
 def test_objects_equal_a_dense_reference():
-    """Every (query, class) pair of the top 100, on masks at full size, as instance_postprocess states it."""
+    """Every (query, class) pair of the top 100, on masks at full size, as mmdet states it."""
     torch.manual_seed(0)
     logits, masks, classes = torch.randn(7, 81) * 3, torch.randn(7, 6, 8) * 4, 80
     padded, shown, size = (24, 32), (20, 30), (40, 60)
@@ -342,7 +349,7 @@ def test_classes_are_cocos_under_genevals_names():
 
 
 class PaintDetector(nn.Module):
-    """A small detector that really looks: each patch of a class's paint, left and right half apart, is an object."""
+    """A detector that really looks: a patch of a class's paint is an object, per half."""
 
     paints = {"dog": (1.0, 0.0, 0.0), "cat": (0.0, 0.0, 1.0)}
 
@@ -448,7 +455,7 @@ def test_other_detectors_and_missing_weights_are_refused(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory):
-    """A Mask2Former and a CLIP of transformers with random weights, saved as the published ones are."""
+    """A Mask2Former and a CLIP with random weights, saved as the published ones are."""
     from transformers import (
         CLIPConfig,
         CLIPModel,
@@ -570,3 +577,121 @@ def test_cut_outs_show_the_object_on_grey():
         and cut.getpixel((2, 5)) == (255, 0, 0)
         and cut.getpixel((14, 5)) == (0x99, 0x99, 0x99)
     )
+
+
+# ---------------------------------------------------------------- metadata that travelled
+
+
+@pytest.mark.parametrize("metadata", METADATA)
+def test_metadata_that_went_through_other_formats_mean_the_same(metadata):
+    def filled(clause):
+        clause = {"color": None, "position": None, **clause, "count": float(clause["count"])}
+        if clause["position"]:
+            clause["position"] = np.array([str(part) for part in clause["position"]])
+        return clause
+
+    arrow = {key: metadata.get(key) for key in ("tag", "include", "exclude", "prompt")}
+    for key in ("include", "exclude"):
+        arrow[key] = arrow[key] and np.array([filled(c) for c in arrow[key]], dtype=object)
+    text = {**arrow, "include": json.dumps(metadata["include"])}
+    text["exclude"] = metadata.get("exclude") and json.dumps(metadata["exclude"])
+    for travelled in (arrow, text, metadata):
+        assert geneval.geneval_metadata(travelled) == metadata
+
+
+def test_travelled_metadata_are_scored_and_written_as_the_official_file_has_them(tmp_path):
+    scorer = GenEvalScorer(PaintDetector(), NamedColours(), device="cpu", short=96)
+    nulls = [{**m, "exclude": m.get("exclude")} for m in METADATA]
+    for data in nulls:
+        data["include"] = [{"color": None, "position": None, **c} for c in data["include"]]
+    texts = [m["prompt"] for m in METADATA]
+    assert score(scorer, IMAGES, texts, nulls).tolist() == [1, 1, 1]
+    prompts = [Prompt(d["prompt"], {k: v for k, v in d.items() if k != "prompt"}) for d in nulls]
+    benchmarks.generate_geneval(prompts, painter, tmp_path)
+    for index, official in enumerate(METADATA):
+        path = tmp_path / f"{index:05d}" / "metadata.jsonl"
+        assert json.loads(path.read_text()) == official
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ({}, "has no GenEval metadata"),
+        ({"tag": None, "include": None}, "has no GenEval metadata"),
+        ({"tag": "counting", "include": "[{"}, "cannot be read .JSONDecodeError"),
+        ({"tag": "counting", "include": [{"class": "dog"}]}, "cannot be read .KeyError"),
+        ({"tag": "counting", "include": 3}, "cannot be read .TypeError"),
+        ({"tag": "counting", "include": ["dog"]}, "cannot be read .AttributeError"),
+    ],
+)
+def test_metadata_that_are_not_genevals(metadata, message):
+    with pytest.raises(ValueError, match=message):
+        geneval.geneval_metadata(metadata, "a dog")
+
+
+# ---------------------------------------------------------------- one door
+
+
+def test_a_folder_belongs_to_one_model(tmp_path, prompts):
+    benchmarks.generate_geneval(prompts, painter, tmp_path / "a", made_by={"model": "one"})
+    made = benchmarks.generate_geneval(prompts, painter, tmp_path / "a", made_by={"model": "one"})
+    assert made == 0
+    before = (tmp_path / "a" / "00000" / "metadata.jsonl").read_bytes()
+    for change in (
+        dict(made_by={"model": "two"}),
+        dict(made_by={"model": "one"}, seed=1),
+        dict(made_by={"model": "one"}, prompts=prompts[:2]),
+        dict(),
+    ):
+        arguments = {"prompts": prompts, "generate": painter, "folder": tmp_path / "a", **change}
+        with pytest.raises(ValueError, match="holds images of something else"):
+            benchmarks.generate_geneval(**arguments)
+    assert (tmp_path / "a" / "00000" / "metadata.jsonl").read_bytes() == before
+    (tmp_path / "foreign").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "foreign" / "1.png")
+    wise = [Prompt("a", {"prompt_id": 1})]
+    with pytest.raises(ValueError, match="holds images of something else"):
+        benchmarks.generate_wise(wise, painter, tmp_path / "foreign")
+
+
+def test_run_benchmark_generates_scores_and_says_how_to_score_officially(tmp_path, prompts):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(m) + "\n" for m in METADATA))
+    scorer = GenEvalScorer(PaintDetector(), NamedColours(), device="cpu", short=96)
+    by_text = {m["prompt"]: image for m, image in zip(METADATA, IMAGES)}
+
+    def paint_well(texts, seeds):
+        return [by_text[text] for text in texts]
+
+    result = benchmarks.run_benchmark(
+        "geneval", path, paint_well, tmp_path / "out", {"model": "m"}, scorer
+    )
+    assert result.generated == 12 and result.scores["overall"] == 1.0
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == result.scores
+    rows = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and {"filename", "tag", "correct", "details"} <= set(rows[0])
+    assert str(tmp_path / "out") in result.official_command
+
+
+@pytest.mark.parametrize(
+    "benchmark, prompts, message",
+    [
+        ("dalle", [], "known are geneval, dpg, wise"),
+        (None, [], "known are geneval, dpg, wise"),
+        ("wise", [Prompt("a", {"prompt_id": "x"})], "no prompt_id that is a number"),
+        ("dpg", [Prompt("a", {"name": "1"}), Prompt("b", {"name": "1"})], "only once"),
+    ],
+)
+def test_benchmarks_that_are_none(tmp_path, benchmark, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        benchmarks.run_benchmark(benchmark, prompts, painter, tmp_path)
+
+
+def test_dpg_and_wise_through_the_door(tmp_path):
+    dpg = benchmarks.run_benchmark("dpg", [Prompt("a", {"name": "1"})], painter, tmp_path / "d")
+    assert dpg.generated == 1 and "--resolution 16" in dpg.official_command
+    wise = [Prompt("a", {"prompt_id": 7})]
+    assert benchmarks.run_benchmark("wise", wise, painter, tmp_path / "w").scores is None
+    assert (tmp_path / "w" / "7.png").exists()
+    with pytest.raises(ValueError, match="only geneval takes a scorer"):
+        benchmarks.run_benchmark("wise", wise, painter, tmp_path / "w", scorer=object())

@@ -9,13 +9,18 @@ import torch
 from PIL import Image
 
 from chunk_grpo_nb.rewards import registry as rewards
+from chunk_grpo_nb.rewards.combined import (
+    PairwiseReward,
+    WeightedReward,
+    parse_weights,
+    win_rate,
+)
 from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
-    WeightedReward,
     check_pairing,
     make_reward,
-    parse_weights,
+    make_rewards,
     register_reward,
     reward_function,
     score,
@@ -72,7 +77,7 @@ def test_custom_rewards_and_options():
     assert make_reward("mine") is mine and make_reward(mine) is mine
     for name in ("mine", "loaded", mine):
         assert score(make_reward(name, gain=3.0), IMAGES, PROMPTS).tolist() == [3.0] * 5
-    with pytest.raises(ValueError, match="does not take these options.*'gian'"):
+    with pytest.raises(ValueError, match="does not take gian; its options are gain"):
         make_reward("loaded", gian=2)
     with pytest.raises(ValueError, match="letters, digits"):
         register_reward("a=b")
@@ -87,7 +92,11 @@ def test_names_in_modules_not_yet_imported():
     import subprocess
     import sys
 
-    code = "import sys; from chunk_grpo_nb.rewards.registry import make_reward; assert 'chunk_grpo_nb.rewards.clip_family' not in sys.modules; print(make_reward('jpeg_compressibility').__name__)"
+    code = (
+        "import sys; from chunk_grpo_nb.rewards.registry import make_reward; "
+        "assert 'chunk_grpo_nb.rewards.compression' not in sys.modules; "
+        "print(make_reward('jpeg_compressibility').__name__)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "jpeg_compressibility", out.stderr
 
@@ -188,7 +197,7 @@ def test_arguments_are_checked():
     assert score(value, [], []).shape == (0,)
 
 
-# ---------------------------------------------------------------- pairing (trap 9)
+# ---------------------------------------------------------------- pairing
 
 
 def test_pairing_of_a_sound_reward():
@@ -200,7 +209,7 @@ def test_pairing_of_a_sound_reward():
     lambda i, p, m: value(i, sorted(p), m),
     lambda i, p, m: [v - sum(value(i, p, m)) / len(i) for v in value(i, p, m)],
     lambda i, p, m: [k for k, _ in enumerate(i)],
-], ids=["sorted scores", "sorted prompts", "centred on the batch", "position in the batch"])  # fmt: skip
+], ids=["sorted scores", "sorted prompts", "centred", "position"])  # fmt: skip
 def test_pairing_finds_rewards_that_mix_entries(wrong):
     with pytest.raises(RewardError, match="mixes up its inputs"):
         check_pairing(wrong, IMAGES, PROMPTS)
@@ -273,3 +282,215 @@ def test_rewards_with_an_executor_do_not_block():
     assert not future.done()
     gate.set()
     assert future.result(timeout=5).tolist() == value(IMAGES, PROMPTS, [{}] * 5)
+
+
+# ---------------------------------------------------------------- names and options
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        None,
+        ["jpeg_compressibility"],
+        3,
+        "",
+        " ",
+        "x" * 300,
+        "²",
+        "a\x1b[2Jb",
+        "ftp://h/x",
+        "http://[",
+    ],
+)
+def test_names_that_are_none_are_refused_in_one_plain_line(name):
+    with pytest.raises(ValueError) as error:
+        make_reward(name)
+    message = str(error.value)
+    assert "\n" not in message and "\x1b" not in message and len(message) < 700
+
+
+@pytest.mark.parametrize("name", ["no\x1bsuch=1", "a=" + "9" * 10_000, "=", "a=1,,b=2"])
+def test_weighted_lists_that_are_none(name):
+    with pytest.raises(ValueError) as error:
+        make_reward(name)
+    assert "\x1b" not in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("hpsv3", {"devise": "cpu"}, "does not take devise; its options are .*device, offload"),
+        ("clip_score", {"device": "gpu0"}, "device 'gpu0': expected cpu, cuda, or a card"),
+        ("clip_score", {"device": 0.5}, "device '0.5': expected"),
+        ("hpsv3", {"dtype": "float17"}, "dtype 'float17': expected float32"),
+        ("hpsv3", {"dtype": "int8"}, "dtype 'int8'"),
+        ("vlm_judge", {"url": "http://h:1"}, "'vlm_judge' needs model"),
+        ("jpeg_compressibility", {"device": "cpu"}, "its options are quality"),
+        ("http://h:1/x", {"batch": 3}, "does not take batch"),
+        ("http://h:1/x", {"timeout": 0}, "must be positive"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_reward(name, **options)
+
+
+def test_a_bad_option_of_one_reward_stops_before_another_is_loaded():
+    loaded = []
+    register_reward("heavy")(lambda: loaded.append("heavy"))
+    with pytest.raises(ValueError, match="does not take gian"):
+        make_rewards({"heavy": {}, "jpeg_compressibility": {"gian": 1}})
+    assert loaded == []
+
+
+def test_the_runs_device_goes_to_rewards_that_take_one_and_name_none():
+    register_reward("on_a_card")(lambda device=None: lambda *a: device)
+    register_reward("elsewhere")(lambda: lambda *a: None)
+    rewards_made = make_rewards({"on_a_card": {}, "elsewhere": {}}, device="cpu")
+    assert rewards_made["on_a_card"]() == "cpu"
+    assert (
+        make_rewards({"on_a_card": {"device": "cuda:1"}}, device="cpu")["on_a_card"]() == "cuda:1"
+    )
+
+
+def test_path_stands_for_model():
+    register_reward("by_file")(lambda model="hub/id": lambda *a: model)
+    assert make_reward("by_file", path="x.pt")() == "x.pt"
+    assert make_reward("by_file")() == "hub/id"
+    with pytest.raises(ValueError, match="does not take path"):
+        make_reward("by_file", path="x", model="y")
+
+
+def test_each_process_scores_on_its_own_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert rewards.pick_device(None) == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert rewards.pick_device("cuda") == rewards.pick_device(None) == torch.device("cuda:3")
+    assert rewards.pick_device("cuda:1") == torch.device("cuda:1")
+    assert rewards.pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows one card only
+    assert rewards.pick_device("cuda") == torch.device("cuda:0")
+
+
+def test_rewards_of_a_user_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("value = 3\nraise KeyError('no key')\n")
+    (tmp_path / "number_rewards.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="KeyError: .*no key.*expected module:function"):
+        make_reward("broken_rewards:value")
+    with pytest.raises(ValueError, match="is a int; name a function"):
+        make_reward("number_rewards:value")
+
+
+def test_rewards_run_without_gradients_in_any_thread():
+    weight = torch.ones(1, requires_grad=True)
+    modes = []
+
+    def reward(images, prompts, metadata):
+        modes.append((weight * 2).requires_grad)
+        return [1.0] * len(images)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(score, reward, IMAGES, PROMPTS).result()
+    assert modes == [False]
+
+
+def test_messages_are_short_and_plain():
+    def reward(images, prompts, metadata):
+        raise RuntimeError("\x1b[31m" + "x" * 1_000_000 + "\nsecond line")
+
+    with pytest.raises(RewardError) as error:
+        score(reward, IMAGES[:1], ["\x1b[2J" + "p" * 1_000_000])
+    message = str(error.value)
+    assert len(message) < 1000 and "\x1b" not in message and "\n" not in message
+
+
+def test_more_prompts_than_any_cache_holds():
+    prompts = [f"prompt {i}" for i in range(5000)]
+    assert score(value, [IMAGES[1]] * 5000, prompts).tolist() == [1 + 10 * i for i in range(5000)]
+
+
+# ---------------------------------------------------------------- whole groups
+
+
+def group_ranks(calls):
+    @reward_function("ranks", whole_group=True)
+    def ranks(images, prompts, metadata):
+        calls.append(prompts)
+        if "bad" in prompts:
+            raise ValueError("no rank")
+        shades = [image.getpixel((0, 0))[0] for image in images]
+        return [sorted(shades).index(shade) for shade in shades]
+
+    return ranks
+
+
+def test_a_group_reward_is_called_once_per_group():
+    calls = []
+    order = [4, 0, 3, 1, 2]
+    prompts = ["a", "b", "a", "b", "a"]
+    scores = score(group_ranks(calls), [IMAGES[i] for i in order], prompts)
+    assert scores.tolist() == [2, 0, 1, 1, 0] and calls == [["a"] * 3, ["b"] * 2]
+
+
+def test_groups_of_the_same_prompt_are_told_apart_by_ids():
+    calls = []
+    ids = torch.tensor([0, 0, 1, 1, 1])
+    scores = score(group_ranks(calls), IMAGES, ["a"] * 5, group_ids=ids)
+    assert scores.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_a_failing_group_is_dropped_whole():
+    scores = score(group_ranks([]), IMAGES, ["a", "a", "bad", "bad", "bad"], on_failure="drop")
+    assert scores.isnan().tolist() == [False, False, True, True, True]
+    with pytest.raises(RewardError, match="no rank"):
+        score(group_ranks([]), IMAGES, ["bad"] * 5)
+
+
+def test_pairing_of_a_group_reward_is_checked_by_permuting():
+    assert check_pairing(group_ranks([]), IMAGES, ["a"] * 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_win_rates_by_hand():
+    beats = torch.tensor([[0.0, 1, 0.5], [0, 0, 1], [0.5, 0, 0]])
+    assert win_rate(beats).tolist() == [0.75, 0.5, 0.25]
+    assert win_rate(beats + 9 * torch.eye(3)).tolist() == [0.75, 0.5, 0.25]  # diagonal unread
+    for wrong in (torch.zeros(1, 1), torch.zeros(2, 3), torch.zeros(3)):
+        with pytest.raises(ValueError, match="expected .G, G."):
+            win_rate(wrong)
+
+
+def test_win_rate_of_a_pointwise_reward_within_each_prompt():
+    reward_function("value")(value)
+    reward = make_reward("win_rate", reward="value")
+    scores = score(reward, IMAGES, ["prompt 1", "prompt 2", "prompt 1", "prompt 2", "prompt 1"])
+    assert scores.tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    draw = make_reward("win_rate", reward="value", margin=10)
+    assert score(draw, IMAGES, ["prompt 1"] * 5).tolist() == [0.5] * 5
+    with pytest.raises(RewardError, match="needs a group to compare with"):
+        score(reward, IMAGES[:1], PROMPTS[:1])
+    with pytest.raises(ValueError, match="unknown reward 'valeu'; did you mean 'value'"):
+        make_reward("win_rate", reward="valeu")
+
+
+def test_pairwise_judges_are_asked_in_both_orders_and_places_cancel():
+    asked = []
+
+    def always_the_first(first, second, prompts, metadata):
+        asked.extend(zip(first, second, prompts))
+        return [1.0] * len(first)
+
+    scores = score(PairwiseReward(always_the_first), IMAGES[:3], ["a"] * 3)
+    assert scores.tolist() == [0.5] * 3 and len(asked) == 6
+    one_order = PairwiseReward(always_the_first, both_orders=False)
+    assert score(one_order, IMAGES[:3], ["a"] * 3).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_sum_with_a_group_reward_sees_whole_groups():
+    group_ranks([])
+    reward_function("value")(value)
+    both = make_reward("ranks=10,value=1")
+    prompts = ["prompt 0", "prompt 0", "prompt 0", "prompt 0", "prompt 0"]
+    assert score(both, IMAGES, prompts).tolist() == [0, 11, 22, 33, 44]

@@ -1,4 +1,4 @@
-"""Ported reward models: layout at real size, arithmetic against plain references, scoring on tiny models."""
+"""Ported reward models: layout at real size, arithmetic, and scoring on tiny models."""
 
 import math
 
@@ -146,7 +146,8 @@ def test_other_layout_is_refused_by_name(tiny_clip):
     del wrong["ln_final.weight"]
     with pytest.raises(
         RewardUnavailable,
-        match=r"1 missing: ln_final.weight; 1 unexpected: extra.bias; 1 of another shape: visual.proj is \(3, 3\)",
+        match=r"1 missing: ln_final.weight; 1 unexpected: extra.bias; "
+        r"1 of another shape: visual.proj is \(3, 3\)",
     ):
         weights.check_layout(wrong, shapes, "some file")
     with pytest.raises(RewardUnavailable, match="visual.head.gamma"):
@@ -224,7 +225,7 @@ def test_long_prompts_are_cut_like_their_authors_do(tiny_clip):
 
 
 class OpenClipReference(nn.Module):
-    """A CLIP with open_clip's parameter names, written from the architecture: pre-norm blocks on nn.MultiheadAttention."""
+    """A CLIP with open_clip's parameter names, from the architecture alone."""
 
     def __init__(self, state: dict, config):
         super().__init__()
@@ -346,10 +347,12 @@ def test_jpeg_rewards_are_opposite_and_ordered():
 
 def imagereward_reference(state, vision, text, pixels, ids, mask):
     """BLIP's ViT and cross-attending BERT, and the head, written from the published names."""
-    norm = lambda x, name, eps: F.layer_norm(
-        x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps
-    )
-    linear = lambda x, name: F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x, name, eps):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
     def attend(q, k, v, heads, bias=None):
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -433,8 +436,18 @@ def test_imagereward_equals_a_blip_reference(tmp_path):
         patch_size=16,
         layer_norm_eps=1e-6,
     )
-    text = BlipTextConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=32, vocab_size=len(words), is_decoder=True,
-                          bos_token_id=2, sep_token_id=3, eos_token_id=3)  # fmt: skip
+    text = BlipTextConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        encoder_hidden_size=32,
+        vocab_size=len(words),
+        is_decoder=True,
+        bos_token_id=2,
+        sep_token_id=3,
+        eos_token_id=3,
+    )
     state = random_state(vlm.imagereward_shapes(vision, text))
     unused = {
         "blip.vision_proj.weight": torch.zeros(2, 2),
@@ -468,7 +481,7 @@ def test_imagereward_equals_a_blip_reference(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_hpsv3(tmp_path_factory):
-    """A Qwen2-VL of a few thousand weights in the published layout, a word tokenizer with Qwen's special tokens, and a template file."""
+    """A tiny Qwen2-VL in the published layout, a word tokenizer, and a template file."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
@@ -502,12 +515,28 @@ def tiny_hpsv3(tmp_path_factory):
         additional_special_tokens=special,
     ).save_pretrained(folder)
     config = Qwen2VLConfig(
-        text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(words) + 1,
-                         bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}),
-        vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2), image_token_id=words["<|image_pad|>"], video_token_id=words["<|video_pad|>"],
-        vision_start_token_id=words["<|vision_start|>"], vision_end_token_id=words["<|vision_end|>"])  # fmt: skip
+        text_config=dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(words) + 1,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        ),
+        vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2),
+        image_token_id=words["<|image_pad|>"],
+        video_token_id=words["<|video_pad|>"],
+        vision_start_token_id=words["<|vision_start|>"],
+        vision_end_token_id=words["<|vision_end|>"],
+    )
     save_file(random_state(vlm.hpsv3_shapes(config)), folder / "HPSv3.safetensors")
-    source = 'import nothing_here\nINSTRUCTION = """\nrate \n{text_prompt}\n"""\nprompt_with_special_token = """\nthis : <|Reward|>\n"""\n'
+    source = (
+        'import nothing_here\nINSTRUCTION = """\nrate \n{text_prompt}\n"""\n'
+        'prompt_with_special_token = """\nthis : <|Reward|>\n"""\n'
+    )
     (folder / "data_collator_qwen.py").write_text(source)
     return (
         folder,
@@ -544,7 +573,7 @@ def test_hpsv3_pairs_batches_and_pads(tiny_hpsv3):
 
 
 def test_hpsv3_reads_the_reward_token_at_plain_positions(tiny_hpsv3):
-    """Against the language model called as the published forward calls it: embeddings in, no positions given."""
+    """Against the language model called as the published forward calls it."""
     folder, config, options = tiny_hpsv3
     reward = make_reward("hpsv3", **options)
     whole, (image, prompt) = reward.model, (IMAGES[1], PROMPTS[1])
@@ -596,6 +625,39 @@ def test_ocr_scores_what_is_read_and_names_prompts_without_text():
 
 
 @pytest.mark.parametrize(
+    "prompt, wanted",
+    [
+        ('a 27" monitor saying "HELLO"', "HELLO"),
+        ('a 27" monitor and a 32" screen saying "HELLO" and "BYE"', "HELLO BYE"),
+        ('a 12"x8" board that says "MENU"', "MENU"),
+        ('a 27" monitor', None),
+        ('a sign "Level 5"', "Level 5"),
+        ('a sign saying"OPEN"', "OPEN"),
+        ('a sign " OPEN "', "OPEN"),
+        ("a sign “Öffnet „heute“ um 9”", "Öffnet „heute“ um 9"),
+        ("ein Schild „Offen“", "Offen"),
+        ("une enseigne «Ouvert»", "Ouvert"),
+        ('a sign " "', None),
+    ],
+)
+def test_the_text_an_image_should_show(prompt, wanted):
+    if wanted is None:
+        with pytest.raises(ValueError, match="no text to look for"):
+            ocr.wanted_text(prompt, {})
+    else:
+        assert ocr.wanted_text(prompt, {}).startswith(wanted)
+
+
+def test_wanted_text_of_the_metadata():
+    assert ocr.wanted_text('a sign "A"', {"text": " B "}) == "B"
+    assert ocr.wanted_text('a sign "A"', {"text": None}) == "A"
+    assert ocr.wanted_text("a clock", {"text": 1200}) == "1200"
+    with pytest.raises(ValueError) as error:
+        ocr.wanted_text("\x1b[2J" + "p" * 1_000_000, {"text": " "})
+    assert len(str(error.value)) < 300 and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "a, b, d",
     [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("abc", "acb", 2), ("flaw", "lawn", 2)],
 )
@@ -604,7 +666,7 @@ def test_edit_distance(a, b, d):
 
 
 def test_got_reader_runs_a_small_model(tmp_path):
-    """GOT-OCR 2.0 of transformers with random weights: image in, some text out, one per image, the same whatever is beside it."""
+    """GOT-OCR 2.0 with random weights: one text per image, whatever is beside it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         GotOcr2Config,
@@ -639,8 +701,18 @@ def test_got_reader_runs_a_small_model(tmp_path):
         global_attn_indexes=[0],
         mlp_dim=16,
     )
-    text = dict(model_type="qwen2", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=len(words),
-                bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    text = dict(
+        model_type="qwen2",
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=len(words),
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     GotOcr2ForConditionalGeneration(
         GotOcr2Config(
@@ -691,3 +763,60 @@ def test_missing_weights_say_what_to_download_and_where_to_put_it(
 
 def test_every_licence_is_stated():
     assert all(w.licence and w.gigabytes > 0 and "/" in w.hub for w in weights.WEIGHTS.values())
+
+
+# ---------------------------------------------------------------- broken files, odd machines
+
+BROKEN_FILES = {
+    "cut.safetensors": b"\x10\x00\x00\x00",
+    "text.safetensors": b"not weights at all, but an error page",
+    "empty.pt": b"",
+    "text.pt": b"<html>sign in to download</html>",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_broken_weight_files_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(BROKEN_FILES[name])
+    with pytest.raises(RewardUnavailable, match=f"{name}: not a readable weight file"):
+        weights.load_state(tmp_path / name)
+
+
+def test_files_that_hold_no_named_weights(tmp_path):
+    for content in ([1, 2], torch.ones(2), {"epoch": 3}, {"state_dict": {"a": "b"}}):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(RewardUnavailable, match="expected named weights"):
+            weights.load_state(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError, KeyError, ImportError])
+def test_whatever_a_hub_raises_becomes_an_instruction(monkeypatch, error):
+    def loader(model, **options):
+        raise error("\x1b[31mno route\nto host")
+
+    with pytest.raises(RewardUnavailable, match="hf download openai/clip-vit") as caught:
+        weights.from_hub("clip_score", loader, "owner/model")
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["x" * 300, "x" * 300 + "/y", "a\0b", "~no_such_user/x"])
+def test_paths_that_no_file_can_have(monkeypatch, model):
+    import huggingface_hub
+
+    def offline(*a, **k):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(RewardUnavailable, match="no weights at") as error:
+        weights.weight_file("hpsv3", model)
+    assert len(str(error.value)) < 900
+
+
+def test_cards_that_are_not_there_and_empty_batches_are_refused():
+    layer = nn.Linear(1, 1)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device cuda:1: this machine has 0 cards"):
+            weights.ModelReward("r", layer, None, device="cuda:1")
+    for size in (0, -1, 2.5, "4"):
+        with pytest.raises(ValueError, match="batch_size .*expected at least 1"):
+            weights.ModelReward("r", layer, None, batch_size=size)

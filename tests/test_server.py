@@ -1,7 +1,8 @@
-"""The reward server as a real process, and the client against servers that die, hang or talk nonsense."""
+"""The reward server as a process, and its client against servers that die, hang or lie."""
 
 import http.server
 import json
+import math
 import os
 import socket
 import subprocess
@@ -14,24 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
+from chunk_grpo_nb.rewards.combined import WeightedReward
+from chunk_grpo_nb.rewards.judges import VlmJudge, VlmPreference, read_rating
 from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
-    WeightedReward,
     check_pairing,
     make_reward,
     reward_function,
     score,
     score_async,
 )
-from chunk_grpo_nb.rewards.remote import (
-    RemoteReward,
-    VlmJudge,
-    decode_image,
-    encode_image,
-    read_rating,
-)
-from chunk_grpo_nb.rewards.server import running_server, serve
+from chunk_grpo_nb.rewards.remote import RemoteReward, decode_image, encode_image
+from chunk_grpo_nb.rewards.server import Limits, running_server, serve
 
 pytest.importorskip("fastapi")
 IMAGES = [Image.new("RGB", (10 + i, 8), (i, 2 * i, 3)) for i in range(5)]
@@ -41,7 +37,8 @@ REWARDS = """
 import os, time
 
 def width(images, prompts, metadata):
-    return [image.width + 100 * int(p.split()[-1]) + m.get("bonus", 0) for image, p, m in zip(images, prompts, metadata)]
+    rows = zip(images, prompts, metadata)
+    return [image.width + 100 * int(p.split()[-1]) + m.get("bonus", 0) for image, p, m in rows]
 
 def hang(images, prompts, metadata):
     time.sleep(60)
@@ -70,7 +67,8 @@ def start(folder, port: int) -> subprocess.Popen:
     (folder / "served_rewards.py").write_text(REWARDS)
     names = [f"served_rewards:{n}" for n in ("width", "hang", "die", "picky", "nan")]
     code = (
-        f"from chunk_grpo_nb.rewards.server import serve; serve({names}, port={port}, max_batch=3)"
+        "from chunk_grpo_nb.rewards.server import Limits, serve; "
+        f"serve({names}, port={port}, limits=Limits(max_batch=3))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -159,12 +157,11 @@ def test_a_reward_that_hangs_is_given_up_and_others_go_on(server):
 
 
 def test_garbage_requests_are_refused(server):
-    post = lambda body: httpx.post(
-        f"{server[0]}/score/width",
-        content=body,
-        headers={"authorization": "Bearer secret"},
-        trust_env=False,
-    )
+    def post(body):
+        headers = {"authorization": "Bearer secret"}
+        url = f"{server[0]}/score/width"
+        return httpx.post(url, content=body, headers=headers, trust_env=False)
+
     good = {"images": [encode_image(IMAGES[0])], "prompts": ["prompt 0"], "metadata": [{}]}
     assert post(json.dumps(good)).json() == {"scores": [10.0]}
     for wrong in (
@@ -271,7 +268,7 @@ def test_a_full_line_is_sent_away_and_comes_back():
         time.sleep(0.05)
         return [1.0] * len(images)
 
-    with running_server({"slow": slow}, max_waiting=1) as url:
+    with running_server({"slow": slow}, limits=Limits(max_waiting=1)) as url:
         hasty = RemoteReward(f"{url}/slow", batch_size=1, workers=5, retries=0)
         with pytest.raises(RewardUnavailable, match="status 503: 1 requests are already in line"):
             score(hasty, IMAGES, PROMPTS)
@@ -280,10 +277,14 @@ def test_a_full_line_is_sent_away_and_comes_back():
 
 
 def test_large_images_and_requests_are_refused():
-    with running_server({"r": lambda i, p, m: [0.0] * len(i)}, max_pixels=100) as url:
+    with running_server(
+        {"r": lambda i, p, m: [0.0] * len(i)}, limits=Limits(max_pixels=100)
+    ) as url:
         with pytest.raises(RewardUnavailable, match="status 413: image of 64 × 8 pixels"):
             score(make_reward(f"{url}/r"), [Image.new("RGB", (64, 8))], ["a"])
-    with running_server({"r": lambda i, p, m: [0.0] * len(i)}, max_bytes=1000) as url:
+    with running_server(
+        {"r": lambda i, p, m: [0.0] * len(i)}, limits=Limits(max_bytes=1000)
+    ) as url:
         with pytest.raises(RewardUnavailable, match="longer than 1000 bytes"):
             score(make_reward(f"{url}/r"), IMAGES[:1], ["a" * 2000])
 
@@ -328,6 +329,186 @@ def test_images_are_lossless_and_only_png_is_read():
             decode_image(text)
 
 
+# ---------------------------------------------------------------- deadlines and sizes
+
+
+class RawServer:
+    """A server that answers every connection with what `talk(connection)` sends."""
+
+    def __init__(self, talk):
+        self.talk = talk
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/reward"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection):
+        try:
+            connection.recv(2**16)
+            self.talk(connection)
+            connection.close()
+        except OSError:
+            pass
+
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+
+
+def drip(head: bytes, tail: bytes):
+    """Send the head at once and the tail a byte at a time, ten bytes a second."""
+
+    def talk(connection):
+        connection.sendall(head)
+        for byte in tail:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.1)
+
+    return talk
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        drip(OK + b"content-length: 600\r\n\r\n", b" " * 600),
+        drip(OK + b"transfer-encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 100),
+        drip(OK + b"x: ", b"y" * 600),
+        drip(b"", b"HTTP/1.1 200 " + b"O" * 600),
+    ],
+    ids=["body", "chunks", "headers", "status line"],
+)
+def test_a_server_that_drips_is_given_up_at_the_deadline(talk):
+    server = RawServer(talk)
+    remote = RemoteReward(server.url, timeout=1.0, retries=0)
+    start = time.monotonic()
+    with pytest.raises(RewardUnavailable, match="no answer in time"):
+        remote(IMAGES[:1], PROMPTS[:1], [{}])
+    assert time.monotonic() - start < 5
+    with pytest.raises(RewardUnavailable, match="Is the reward server up"):
+        remote.health(timeout=0.5)
+    server.socket.close()
+
+
+def peak_memory() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_compressed_answer_is_refused_before_it_is_unpacked():
+    import gzip
+
+    bomb = gzip.compress(b" " * 2**28)
+    head = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb)
+    server = RawServer(lambda connection: connection.sendall(head + bomb))
+    before = peak_memory()
+    with pytest.raises(RewardUnavailable, match="compressed"):
+        RemoteReward(server.url, retries=0)(IMAGES[:1], PROMPTS[:1], [{}])
+    assert peak_memory() - before < 2**26
+    server.socket.close()
+
+
+def test_an_answer_that_never_ends_is_dropped():
+    def talk(connection):
+        connection.sendall(OK + b"\r\n")
+        while True:
+            connection.sendall(b" " * 2**16)
+
+    server = RawServer(talk)
+    before = peak_memory()
+    with pytest.raises(RewardUnavailable, match="longer than 16777216 bytes"):
+        RemoteReward(server.url, retries=0)(IMAGES[:1], PROMPTS[:1], [{}])
+    assert peak_memory() - before < 2**27
+    server.socket.close()
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b"{" + b'"a":{' * 50_000, b"\xff", b'{"scores": [' + b"9" * 5000]
+)
+def test_answers_that_are_hard_to_parse_are_nonsense(body):
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
+    with pytest.raises(RewardUnavailable, match="makes no sense"):
+        RemoteReward("http://h:1/x", retries=0, transport=transport)(IMAGES[:1], ["a"], [{}])
+
+
+def test_messages_of_a_server_never_reach_the_terminal_raw():
+    body = json.dumps({"error": "\x1b[31m" + "x" * 10_000}).encode()
+    transport = httpx.MockTransport(lambda request: httpx.Response(400, content=body))
+    with pytest.raises(RewardUnavailable) as error:
+        RemoteReward("http://h:1/x", retries=0, transport=transport)(IMAGES[:1], ["a"], [{}])
+    assert "\x1b" not in str(error.value) and len(str(error.value)) < 800
+
+
+def constant(images, prompts, metadata):
+    return [0.0] * len(images)
+
+
+def test_requests_that_are_too_long_are_refused_by_their_announcement():
+    with running_server({"r": constant}, limits=Limits(max_bytes=1000)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /score/r HTTP/1.1\r\nhost: h\r\ncontent-length: 600000000\r\n\r\n"
+            )
+            connection.settimeout(5)  # not one byte of the body is sent
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_requests_that_drip_are_ended_and_hold_no_place_for_long():
+    limits = Limits(max_seconds=1.0, max_waiting=1)
+    with running_server({"r": constant}, limits=limits) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /score/r HTTP/1.1\r\nhost: h\r\ncontent-length: 1000\r\n\r\n{"
+            )
+            connection.settimeout(10)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        remote = RemoteReward(f"{url}/r", retries=0)
+        assert remote(IMAGES[:1], PROMPTS[:1], [{}]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "headers, body, status",
+    [
+        ({}, b"[" * 100_000, 400),
+        ({}, b'{"images": ' + b"9" * 5000 + b"}", 400),
+        ({"content-encoding": "gzip"}, b"x", 400),
+    ],
+)
+def test_requests_that_are_hard_to_parse_are_refused(headers, body, status):
+    with running_server({"r": constant}) as url:
+        answer = httpx.post(f"{url}/score/r", content=body, headers=headers, trust_env=False)
+        assert answer.status_code == status
+
+
+def test_a_port_that_is_taken_and_a_misspelt_option_are_refused_before_loading():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(ValueError, match="cannot listen at"):
+            serve(["jpeg_compressibility"], port=taken.getsockname()[1])
+    with pytest.raises(ValueError, match="cannot listen at"):
+        serve(["jpeg_compressibility"], port=70_000)
+    with pytest.raises(ValueError, match="does not take quantity"):
+        serve(["jpeg_compressibility"], {"jpeg_compressibility": {"quantity": 1}}, port=free_port())
+
+
+def test_a_group_reward_behind_a_server_gets_whole_groups():
+    @reward_function("rank_of_width", whole_group=True)
+    def rank(images, prompts, metadata):
+        widths = [image.width for image in images]
+        return [sorted(widths).index(width) for width in widths]
+
+    with running_server({"rank": rank}) as url:
+        remote = RemoteReward(f"{url}/rank", batch_size=2, whole_group=True)
+        assert score(remote, IMAGES, ["a"] * 5).tolist() == [0, 1, 2, 3, 4]
+
+
 # ---------------------------------------------------------------- a judge that writes
 
 
@@ -361,7 +542,7 @@ def test_judge_asks_about_each_image_and_reads_the_last_score(tmp_path):
 def test_judge_without_a_score_is_nan_with_a_warning():
     judge = VlmJudge("http://127.0.0.1:1", "m", transport=chat("I cannot say."))
     with (
-        pytest.warns(UserWarning, match="no score in the answer for 'prompt 0'"),
+        pytest.warns(UserWarning, match="no score of 1 to 5 in the answer for 'prompt 0'"),
         pytest.raises(RewardError, match="returned .nan."),
     ):
         score(judge, IMAGES[:1], PROMPTS[:1])
@@ -383,7 +564,85 @@ def test_judge_without_a_score_is_nan_with_a_warning():
         ("final score - **4.25**", 4.25),
         ("**Final Score**: 5/5", 5.0),
         ("Final Score: -1", -1.0),
+        ("Final Score (1-5): 4", 4.0),
+        ("**Final Score (1–5):** 4", 4.0),
+        ("Final Score [1 to 5] = 3.5", 3.5),
+        ("Final Score (out of 5): 2", 2.0),
+        ("Final Score: 4 (on a scale of 1-5)", 4.0),
+        ("Final Score on a scale of 1 to 5: 3", 3.0),
+        ("Final Score: (4)", 4.0),
+        ("Final Score: [4]", 4.0),
+        ("Final Score:\n\n4", 4.0),
+        ("Final Score (1-5):\n**4**", 4.0),
+        ('{"final_score": 4}', 4.0),
+        ("Final Score: 4,5", 4.5),
+        ("Final Score: 4 out of 5", 4.0),
+        ("end with 'Final Score: x', x from 1 to 5. Final Score: 2", 2.0),
+        ("Final Score (1-5): 4\nThe 3 foxes are fine.", 4.0),
     ],
 )
 def test_ratings(text, value):
     assert read_rating(text) == value
+    assert math.isnan(read_rating(text, scale=(1, 5))) == (value == -1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Final Score: 95", "Final Score: 0", "Final Score: 4/10", "Final Score: 50 out of 100", "none",
+     "Final Score: five", "Final Score: "],
+)  # fmt: skip
+def test_ratings_off_the_scale_are_no_ratings(text):
+    assert math.isnan(read_rating(text, scale=(1, 5)))
+
+
+MESSAGES = {
+    "null content": {"content": None, "reasoning_content": "Final Score: 4"},
+    "empty content": {"content": " ", "reasoning": "Final Score: 4"},
+    "no content": {"reasoning_content": "Final Score: 4"},
+    "parts": {"content": [{"type": "text", "text": "Final "}, {"text": "Score: 4"}]},
+    "both": {"content": "Final Score: 4", "reasoning_content": "Final Score: 1"},
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_the_text_of_an_answer_in_any_field(kind):
+    answer = {"choices": [{"message": MESSAGES[kind]}]}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answer))
+    judge = VlmJudge("http://127.0.0.1:1", "m", transport=transport)
+    assert score(judge, IMAGES[:1], PROMPTS[:1]).tolist() == [4.0]
+
+
+def test_an_answer_without_any_text_is_one_image_without_score():
+    answer = {"choices": [{"message": {"content": None}}]}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answer))
+    judge = VlmJudge("http://127.0.0.1:1", "m", transport=transport)
+    with pytest.warns(UserWarning, match="no score of 1 to 5"):
+        assert score(judge, IMAGES[:1], ["p" * 10**6], on_failure="drop").isnan().all()
+
+
+def test_the_warning_about_a_long_prompt_is_short():
+    judge = VlmJudge("http://127.0.0.1:1", "m", transport=chat("\x1b[2J no"))
+    with pytest.warns(UserWarning) as caught:
+        score(judge, IMAGES[:1], ["p" * 10**6], on_failure="drop")
+    assert len(str(caught[0].message)) < 400 and "\x1b" not in str(caught[0].message)
+
+
+def test_scales_of_other_judges():
+    judge = VlmJudge(
+        "http://127.0.0.1:1", "m", template="{prompt}?", transport=chat("Final Score: 95")
+    )
+    assert score(judge, IMAGES[:1], ["a"]).tolist() == [95.0]
+    options = dict(url="http://127.0.0.1:1", model="m", scale=(0, 100))
+    judge = make_reward("vlm_judge", transport=chat("Final Score: 95/100"), **options)
+    assert score(judge, IMAGES[:1], ["a"]).tolist() == [95.0]
+
+
+def test_preferences_are_win_rates_of_whole_groups():
+    judge = make_reward(
+        "vlm_preference", url="http://127.0.0.1:1", model="m", transport=chat("Better: 1")
+    )
+    assert score(judge, IMAGES, ["a", "b", "a", "b", "a"]).tolist() == [0.5] * 5
+    one = VlmPreference("http://h", "m", both_orders=False, transport=chat("Better: 1"))
+    assert score(one, IMAGES[:3], ["a"] * 3).tolist() == [1.0, 0.5, 0.0]
+    mute = VlmPreference("http://h", "m", transport=chat("Both are nice."))
+    assert score(mute, IMAGES[:2], ["a"] * 2, on_failure="drop").isnan().all()

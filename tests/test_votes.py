@@ -155,3 +155,10 @@ def test_an_image_folder_of_the_hub_is_read(tmp_path):
     table.write_text('{"file_name": "none.png", "prompt": "a"}\n')
     with pytest.raises(ValueError, match="metadata.jsonl, line 1: FileNotFoundError"):
         read_image_folder(tmp_path)
+
+
+def test_prompts_of_an_image_folder_may_hold_any_character_but_a_line_feed(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "0.png")
+    row = json.dumps({"file_name": "0.png", "prompt": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(row + "\n\n", encoding="utf-8")
+    assert read_image_folder(tmp_path)[0] == ["a\u2028b\x85c"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENEVAL_CLASSES', 'GENEVAL_COLOURS', 'Found', 'objects_from_queries', 'detector_pixels', 'relations',
-           'GenEvalVerdict', 'judge', 'cut_out', 'ColourClassifier', 'GenEvalScorer', 'geneval', 'score_folder',
-           'geneval_summary']
+           'geneval_metadata', 'GenEvalVerdict', 'check_objects', 'cut_out', 'ColourClassifier', 'GenEvalScorer',
+           'geneval', 'score_folder', 'geneval_summary']
 
 # %% ../../nbs/rewards/06_geneval.ipynb #38c8085d
 import json
@@ -19,17 +19,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from .registry import register_reward
+from ..prompts import excerpt
 from .clip_family import clip_pixels, to_tensor
-from .weights import WEIGHTS, from_hub, pick_device
+from .registry import pick_dtype, register_reward
+from .weights import WEIGHTS, from_hub, present_device
 
 # %% ../../nbs/rewards/06_geneval.ipynb #13b3dfcf
-GENEVAL_CLASSES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
-    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,"
-    "spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,"
-    "computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-).split(",")  # COCO's 80 categories in COCO's order, under the names GenEval's prompts use
+GENEVAL_CLASSES = (  # COCO's 80 categories in COCO's order, under the names GenEval uses
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
+    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
+    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,"
+    "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,"
+    "cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,"
+    "tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,"
+    "clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
 GENEVAL_COLOURS = [
     "red",
     "orange",
@@ -46,7 +51,7 @@ GENEVAL_COLOURS = [
 
 @dataclass(frozen=True)
 class Found:
-    "An object in an image."
+    """An object in an image."""
 
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
     score: float  # confidence of the detector, 0 to 1
@@ -63,7 +68,10 @@ def objects_from_queries(
     most: int = 16,  # objects per class
     classes: list[str] = GENEVAL_CLASSES,
 ) -> dict[str, list[Found]]:
-    "Objects by class, most confident first (rules of mmdet's MaskFormerFusionHead.instance_postprocess and of GenEval)."
+    """Objects by class, most confident first.
+
+    Rules of GenEval and of `instance_postprocess` of mmdet's `MaskFormerFusionHead`.
+    """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     values, places = probabilities.flatten().topk(min(100, probabilities.numel()))
     found: dict[str, list[Found]] = {}
@@ -83,7 +91,7 @@ def objects_from_queries(
 
 
 def _resize(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    "One mask of logits, bilinear."
+    """One mask of logits, bilinear."""
     return F.interpolate(mask[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 # %% ../../nbs/rewards/06_geneval.ipynb #4c0c782f
@@ -96,7 +104,10 @@ def detector_pixels(
     short: int = 800,  # pixels aimed at for the shorter side
     long: int = 1333,  # at most, for the longer side
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    "The detector's input (1, 3, h, w), padded to multiples of 32, and (height, width) of the image inside it."
+    """The detector's input (1, 3, h, w).
+
+    Padded to multiples of 32, and (height, width) of the image inside it.
+    """
     scale = min(short / min(image.size), long / max(image.size))
     shown = int(image.height * scale + 0.5), int(image.width * scale + 0.5)
     pixels = F.interpolate(to_tensor(image)[None], shown, mode="bilinear", align_corners=False)
@@ -109,7 +120,7 @@ def relations(
     b: tuple[float, float, float, float],  # box
     tolerance: float = 0.1,
 ) -> set[str]:
-    "Where box `a` lies as seen from box `b`: a subset of left of, right of, above, below."
+    """Where box `a` lies as seen from box `b`: a subset of left of, right of, above, below."""
     a, b = np.array(a).reshape(2, 2), np.array(b).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
@@ -128,26 +139,66 @@ def relations(
         if holds
     }
 
+# %% ../../nbs/rewards/06_geneval.ipynb #75e4d097
+def _plain_clause(clause: dict) -> dict:
+    """A clause with whole numbers where they belong and without null fields."""
+    clause = {key: value for key, value in clause.items() if value is not None}
+    clause["count"] = int(clause["count"])
+    if "position" in clause:
+        relation, target = clause["position"]
+        clause["position"] = [str(relation), int(target)]
+    return clause
+
+
+def geneval_metadata(
+    metadata: dict,  # of a prompt: tag, include, exclude
+    prompt: str = "",  # for the message
+) -> dict:
+    """GenEval's metadata as the official file has it, whatever format it went through.
+
+    Clauses may be lists or JSON text, absent fields null, counts and targets text or fractions.
+    Raises `ValueError` for metadata that are not GenEval's.
+    """
+    plain = {key: value for key, value in metadata.items() if value is not None}
+    if not {"tag", "include"} <= set(plain):
+        raise ValueError(
+            f"prompt {excerpt(prompt)} has no GenEval metadata (tag, include); "
+            "use evaluation_metadata.jsonl or prompts like it"
+        )
+    try:
+        for key in ("include", "exclude"):
+            clauses = plain.get(key, [])
+            clauses = json.loads(clauses) if isinstance(clauses, str) else clauses
+            if key in plain:
+                plain[key] = [_plain_clause(clause) for clause in clauses]
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"prompt {excerpt(prompt)}: its GenEval clauses cannot be read "
+            f"({type(error).__name__}: {excerpt(str(error), 100)[1:-1]})"
+        ) from None
+    return plain
+
 # %% ../../nbs/rewards/06_geneval.ipynb #038a0981
 @dataclass(frozen=True)
 class GenEvalVerdict:
-    "Whether an image is what its prompt asks for, and why not."
+    """Whether an image is what its prompt asks for, and why not."""
 
     correct: bool
     reasons: tuple[str, ...] = ()
 
 
-def judge(
+def check_objects(
     objects: dict[str, list[Found]],  # by class, most confident first
     metadata: dict,  # GenEval's: include, exclude
     colours: Callable[[list[Found], str], list[str]],  # colours of objects of a class
 ) -> GenEvalVerdict:
-    "GenEval's rules on detected objects."
+    """GenEval's rules on detected objects."""
     reasons, matched = [], []
     for clause in metadata.get("include", []):
         found = objects.get(clause["class"], [])[: clause["count"]]
         reason = _unmet(clause, found, matched, colours)
-        reasons += [reason] if reason else []
+        if reason:
+            reasons.append(reason)
         matched.append(None if reason else found)
     for clause in metadata.get("exclude", []):
         number = len(objects.get(clause["class"], []))
@@ -155,9 +206,9 @@ def judge(
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return GenEvalVerdict(not reasons, tuple(reasons))
 
-
+# %% ../../nbs/rewards/06_geneval.ipynb #ed937bf5
 def _unmet(clause: dict, found: list[Found], matched: list, colours: Callable) -> str | None:
-    "What an include clause misses, None if it holds."
+    """What an include clause misses, None if it holds."""
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return f"expected {name}>={count}, found {len(found)}"
@@ -169,10 +220,18 @@ def _unmet(clause: dict, found: list[Found], matched: list, colours: Callable) -
         wanted, target = clause["position"]
         if matched[target] is None:
             return f"no target for {name} to be {wanted}"
-        for one in found:
-            for other in matched[target]:
-                if wanted not in (seen := relations(one.box, other.box)):
-                    return f"expected {name} {wanted} target, found {' and '.join(sorted(seen)) or 'no relation'}"
+        return _misplaced(name, wanted, found, matched[target])
+    return None
+
+
+def _misplaced(name: str, wanted: str, found: list[Found], targets: list[Found]) -> str | None:
+    """The first of the objects that does not stand in the wanted relation to each target."""
+    for placed in found:
+        for target in targets:
+            seen = relations(placed.box, target.box)
+            if wanted not in seen:
+                shown = " and ".join(sorted(seen)) or "no relation"
+                return f"expected {name} {wanted} target, found {shown}"
     return None
 
 # %% ../../nbs/rewards/06_geneval.ipynb #3f77394c
@@ -180,66 +239,61 @@ def cut_out(
     image: Image.Image,
     found: Found,
 ) -> Image.Image:
-    "The object on a grey background, cropped to its box."
+    """The object on a grey background, cropped to its box."""
     image = image.convert("RGB")
     if found.mask is not None:
-        image = Image.composite(
-            image, Image.new("RGB", image.size, "#999"), Image.fromarray(found.mask)
-        )
+        grey = Image.new("RGB", image.size, "#999")
+        image = Image.composite(image, grey, Image.fromarray(found.mask))
     return image.crop(tuple(int(round(side)) for side in found.box))
 
-
+# %% ../../nbs/rewards/06_geneval.ipynb #6eec2724
 class ColourClassifier:
-    "Which of GenEval's ten colours objects have, by CLIP."
+    """Which of GenEval's ten colours objects have, by CLIP."""
 
     def __init__(self, clip, tokenizer: Callable):
         self.clip, self.tokenizer, self.known = clip, tokenizer, {}
 
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        """Unit text features, (n, d)."""
+        tokens = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.clip.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        names = ("input_ids", "attention_mask")
+        tokens = {name: tokens[name].to(self.clip.device) for name in names}
+        features = self.clip.get_text_features(**tokens).pooler_output
+        return F.normalize(features.float(), dim=-1)
+
     @torch.no_grad()
     def weights(self, name: str) -> torch.Tensor:
-        "Unit text features of the colours of a class, (10, d), computed once."
+        """Unit text features of the colours of a class, (10, d), computed once."""
         if name not in self.known:
-            texts = [
-                t
-                for c in GENEVAL_COLOURS
-                for t in (
-                    f"a photo of a {c} {name}",
-                    f"a photo of a {c}-colored {name}",
-                    f"a photo of a {c} object",
-                )
-            ]
-            tokens = self.tokenizer(
-                texts,
-                padding=True,
-                truncation=True,
-                max_length=self.clip.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            )
-            tokens = {
-                key: tokens[key].to(self.clip.device) for key in ("input_ids", "attention_mask")
-            }
-            features = F.normalize(
-                self.clip.get_text_features(**tokens).pooler_output.float(), dim=-1
-            )
-            self.known[name] = F.normalize(
-                features.unflatten(0, (len(GENEVAL_COLOURS), 3)).mean(1), dim=-1
-            )
+            templates = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}")
+            templates += ("a photo of a {c} object",)
+            texts = [text.format(c=c, n=name) for c in GENEVAL_COLOURS for text in templates]
+            features = self._text_features(texts).unflatten(0, (len(GENEVAL_COLOURS), 3))
+            self.known[name] = F.normalize(features.mean(1), dim=-1)
         return self.known[name]
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, found: list[Found], name: str) -> list[str]:
-        "The colour of each object."
-        pixels = clip_pixels(
-            [cut_out(image, one) for one in found], self.clip.config.vision_config.image_size
-        )
-        features = self.clip.get_image_features(
-            pixel_values=pixels.to(self.clip.device, self.clip.dtype)
-        ).pooler_output.float()
-        return [GENEVAL_COLOURS[i] for i in (features @ self.weights(name).T).argmax(-1).tolist()]
+        """The colour of each object."""
+        cut_outs = [cut_out(image, thing) for thing in found]
+        pixels = clip_pixels(cut_outs, self.clip.config.vision_config.image_size)
+        pixels = pixels.to(self.clip.device, self.clip.dtype)
+        features = self.clip.get_image_features(pixel_values=pixels).pooler_output.float()
+        best = (features @ self.weights(name).T).argmax(-1)
+        return [GENEVAL_COLOURS[i] for i in best.tolist()]
 
 # %% ../../nbs/rewards/06_geneval.ipynb #d83edc65
 class GenEvalScorer:
-    "GenEval's verdict on images, from a Mask2Former and a CLIP of transformers; as a reward, 1 for correct and 0 for not."
+    """GenEval's verdict on images, from a Mask2Former and a CLIP of transformers.
+
+    As a reward it gives 1 for correct and 0 for not.
+    """
 
     def __init__(
         self,
@@ -251,120 +305,125 @@ class GenEvalScorer:
     ):
         if detector.config.num_labels != len(GENEVAL_CLASSES):
             raise ValueError(
-                f"the detector knows {detector.config.num_labels} classes; GenEval needs COCO's 80 instance classes, in COCO's order"
+                f"the detector knows {detector.config.num_labels} classes; "
+                "GenEval needs COCO's 80 instance classes, in COCO's order"
             )
+        self.name = "geneval"
         self.detector, self.colours = detector.eval().requires_grad_(False), colours
-        self.name, self.device, self.offload, self.short = (
-            "geneval",
-            pick_device(device),
-            offload,
-            short,
-        )
+        self.device, self.offload, self.short = present_device(device), offload, short
 
     def to(self, device: str | torch.device) -> None:
-        "Move both models."
-        self.detector.to(device), self.colours.clip.to(device)
+        """Move both models."""
+        self.detector.to(device)
+        self.colours.clip.to(device)
 
     @torch.no_grad()
     def objects(self, image: Image.Image, threshold: float) -> dict[str, list[Found]]:
-        "Objects in an image above a confidence, by class."
+        """Objects in an image above a confidence, by class."""
         pixels, shown = detector_pixels(image, self.short)
         out = self.detector(pixel_values=pixels.to(self.device, self.detector.dtype))
-        size = image.height, image.width
         return objects_from_queries(
             out.class_queries_logits[0],
             out.masks_queries_logits[0],
             tuple(pixels.shape[-2:]),
             shown,
-            size,
+            (image.height, image.width),
             threshold,
         )
 
     def verdict(
         self, image: Image.Image, metadata: dict
     ) -> tuple[GenEvalVerdict, dict[str, list[Found]]]:
-        "Verdict and objects of one image."
+        """Verdict and objects of one image."""
+        metadata = geneval_metadata(metadata)
         image = ImageOps.exif_transpose(image).convert("RGB")
         objects = self.objects(image, threshold=0.9 if metadata["tag"] == "counting" else 0.3)
-        return judge(
-            objects, metadata, lambda found, name: self.colours(image, found, name)
-        ), objects
+
+        def colours(found: list[Found], name: str) -> list[str]:
+            return self.colours(image, found, name)
+
+        return check_objects(objects, metadata, colours), objects
 
     def __call__(
         self, images: list[Image.Image], prompts: list[str], metadata: list[dict]
     ) -> list[float]:
-        "1.0 or 0.0 for each image."
-        for prompt, data in zip(prompts, metadata):
-            if not {"tag", "include"} <= set(data):
-                raise ValueError(
-                    f"prompt {prompt!r} has no GenEval metadata (tag, include); train on evaluation_metadata.jsonl or prompts like it"
-                )
+        """1.0 or 0.0 for each image."""
+        plain = [geneval_metadata(data, prompt) for prompt, data in zip(prompts, metadata)]
         self.to(self.device)
-        values = [
-            float(self.verdict(image, data)[0].correct) for image, data in zip(images, metadata)
-        ]
+        verdicts = [self.verdict(image, data)[0] for image, data in zip(images, plain)]
         if self.offload:
             self.to("cpu")
-        return values
+        return [float(verdict.correct) for verdict in verdicts]
 
 # %% ../../nbs/rewards/06_geneval.ipynb #9e724889
-@register_reward("geneval")
+@register_reward("geneval", passes_on=("device", "offload", "short"))
 def geneval(
     model: str | Path = WEIGHTS["geneval"].hub,  # hub id or folder of the detector
     clip: str | Path = WEIGHTS["clip_score"].hub,  # hub id or folder of CLIP with its tokenizer
     dtype: str = "float32",
     **options,  # device, offload, short
 ) -> GenEvalScorer:
-    "The GenEval scorer with published weights."
-    from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
+    """The GenEval scorer with published weights."""
+    import transformers as hf
 
-    detector = from_hub(
-        "geneval",
-        Mask2FormerForUniversalSegmentation.from_pretrained,
-        model,
-        dtype=getattr(torch, dtype),
-    )
-    words = from_hub("clip_score", AutoTokenizer.from_pretrained, clip)
-    tower = (
-        from_hub("clip_score", CLIPModel.from_pretrained, clip, dtype=getattr(torch, dtype))
-        .eval()
-        .requires_grad_(False)
-    )
-    return GenEvalScorer(detector, ColourClassifier(tower, words), **options)
+    dtype = pick_dtype(dtype)
+    load_detector = hf.Mask2FormerForUniversalSegmentation.from_pretrained
+    detector = from_hub("geneval", load_detector, model, dtype=dtype)
+    words = from_hub("clip_score", hf.AutoTokenizer.from_pretrained, clip)
+    tower = from_hub("clip_score", hf.CLIPModel.from_pretrained, clip, dtype=dtype)
+    colours = ColourClassifier(tower.eval().requires_grad_(False), words)
+    return GenEvalScorer(detector, colours, **options)
 
 # %% ../../nbs/rewards/06_geneval.ipynb #4d3d8ec9
+def _image_folders(folder: Path) -> list[Path]:
+    """The numbered folders of a benchmark run, in order; none where there is no such folder."""
+    places = folder.iterdir() if folder.is_dir() else []
+    return sorted(place for place in places if place.is_dir() and place.name.isdecimal())
+
+# %% ../../nbs/rewards/06_geneval.ipynb #c184060b
 def score_folder(
     folder: str | Path,  # filled by `benchmarks.generate_geneval`
     scorer: GenEvalScorer,
 ):
-    "One row per image as a DataFrame: filename, tag, prompt, correct, reason, metadata, details."
+    """One row per image as a DataFrame, with the columns of the official `results.jsonl`.
+
+    filename, tag, prompt, correct, reason, metadata, details. Raises `ValueError` for a folder
+    without images.
+    """
     import pandas as pd
 
     rows = []
     scorer.to(scorer.device)
-    for place in sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name.isdigit()):
+    for place in _image_folders(Path(folder)):
         metadata = json.loads((place / "metadata.jsonl").read_text(encoding="utf-8"))
-        for path in sorted(
-            p for p in (place / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", p.name)
-        ):
+        paths = sorted((place / "samples").glob("*.png"))
+        for path in [path for path in paths if re.fullmatch(r"\d+\.png", path.name)]:
             with Image.open(path) as image:
                 verdict, objects = scorer.verdict(image, metadata)
             details = {
                 name: [[*found.box, found.score] for found in group]
                 for name, group in objects.items()
             }
-            rows.append(dict(filename=str(path), tag=metadata["tag"], prompt=metadata["prompt"], correct=verdict.correct,
-                             reason="\n".join(verdict.reasons), metadata=json.dumps(metadata), details=json.dumps(details)))  # fmt: skip
+            row = dict(
+                filename=str(path),
+                tag=metadata["tag"],
+                prompt=metadata["prompt"],
+                correct=verdict.correct,
+                reason="\n".join(verdict.reasons),
+                metadata=json.dumps(metadata),
+                details=json.dumps(details),
+            )
+            rows.append(row)
     if not rows:
         raise ValueError(
             f"{folder}: no images in numbered folders; fill it with benchmarks.generate_geneval"
         )
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/rewards/06_geneval.ipynb #f8874289
 def geneval_summary(
     table,  # of `score_folder`
 ) -> dict[str, float]:
-    "Share of correct images by tag, and `overall`, the mean over tags."
+    """Share of correct images by tag, and `overall`, the mean over tags."""
     by_tag = table.groupby("tag", sort=False)["correct"].mean()
     return {**by_tag.to_dict(), "overall": float(by_tag.mean())}

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .registry import register_reward
-from .weights import WEIGHTS, from_hub, pick_device
+from ..prompts import excerpt
+from .registry import pick_dtype, register_reward
+from .weights import WEIGHTS, from_hub, present_device
 
 # %% ../../nbs/rewards/05_ocr.ipynb #6d986153
 def edit_distance(a: str, b: str) -> int:
-    "Fewest insertions, deletions and replacements that turn `a` into `b`."
+    """Fewest insertions, deletions and replacements that turn `a` into `b`."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         previous, row[0] = row[0], i
@@ -27,19 +28,44 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
+_QUOTED = (  # each with the text as its only group
+    r"(?<!\d)\"(?=\S)([^\"]*[^\"\s])\"",
+    r"“([^”]+)”",
+    r"„([^“”]+)[“”]",
+    r"«([^»]+)»",
+    r"「([^」]+)」",
+)
+_LOOSELY_QUOTED = r"\"([^\"]+)\""  # blanks inside the marks, or a digit before them
+
+
+def _quoted_texts(prompt: str) -> list[str]:
+    """What the prompt puts in quotation marks, in the order of the prompt."""
+    found = [match for pattern in _QUOTED for match in re.finditer(pattern, prompt)]
+    found = found or list(re.finditer(_LOOSELY_QUOTED, prompt))
+    return [match[1].strip() for match in sorted(found, key=lambda match: match.start())]
+
+# %% ../../nbs/rewards/05_ocr.ipynb #bcd5b38f
 def wanted_text(prompt: str, metadata: dict) -> str:
-    "The text an image should show: `metadata['text']`, or what the prompt puts in double quotes; raises ValueError if neither is there."
-    quoted = re.findall(r'"([^"]+)"|“([^”]+)”', prompt)
-    text = metadata.get("text") or " ".join(a or b for a, b in quoted)
+    """The text an image should show: `metadata["text"]`, or what the prompt quotes.
+
+    Raises `ValueError` if neither is there.
+    """
+    given = metadata.get("text")
+    text = str(given).strip() if given is not None else ""
+    text = text or " ".join(filter(None, _quoted_texts(prompt)))
     if not text:
         raise ValueError(
-            f'no text to look for: prompt {prompt!r} quotes none with "…", and its metadata has no field `text`'
+            f'no text to look for: the prompt {excerpt(prompt)} quotes none with "…", '
+            "and its metadata has no field `text`"
         )
     return text
 
 
 def text_match(read: str, wanted: str) -> float:
-    "1 where the wanted text was read, falling to 0 with the edit distance; blanks and case do not count."
+    """1 where the wanted text was read, falling to 0 with the edit distance.
+
+    Blanks and case do not count.
+    """
     u, t = ("".join(s.split()).lower() for s in (read, wanted))
     return 1.0 if t in u else 1 - min(edit_distance(u, t), len(t)) / len(t)
 
@@ -50,66 +76,49 @@ def got_reader(
     max_new_tokens: int = 128,
     dtype: str = "float32",
 ) -> Callable[[list[Image.Image]], list[str]]:
-    "A function from images to the text in them, by GOT-OCR 2.0 (arXiv 2409.01704)."
-    from transformers import (
-        AutoTokenizer,
-        GotOcr2ForConditionalGeneration,
-        GotOcr2ImageProcessorPil,
-        GotOcr2Processor,
-    )
+    """A function from images to the text in them, by GOT-OCR 2.0 (arXiv 2409.01704)."""
+    import transformers as hf
 
-    network = (
-        from_hub(
-            "ocr",
-            GotOcr2ForConditionalGeneration.from_pretrained,
-            model,
-            dtype=getattr(torch, dtype),
-        )
-        .eval()
-        .to(pick_device(device))
-    )
-    tokenizer = from_hub("ocr", AutoTokenizer.from_pretrained, model)
-    pixels = from_hub("ocr", GotOcr2ImageProcessorPil.from_pretrained, model)
-    processor = GotOcr2Processor(image_processor=pixels, tokenizer=tokenizer)
-    seen = network.config.vision_config
-    tokens = (
-        seen.image_size // seen.patch_size // 4
-    ) ** 2  # two strided convolutions halve the grid of patches twice
+    load_network = hf.GotOcr2ForConditionalGeneration.from_pretrained
+    network = from_hub("ocr", load_network, model, dtype=pick_dtype(dtype)).eval()
+    network.to(present_device(device))
+    tokenizer = from_hub("ocr", hf.AutoTokenizer.from_pretrained, model)
+    pixels = from_hub("ocr", hf.GotOcr2ImageProcessorPil.from_pretrained, model)
+    processor = hf.GotOcr2Processor(image_processor=pixels, tokenizer=tokenizer)
+    vision = network.config.vision_config
+    # two strided convolutions halve the grid of patches twice
+    image_tokens = (vision.image_size // vision.patch_size // 4) ** 2
 
     @torch.no_grad()
-    def read(images: list[Image.Image]) -> list[str]:
-        texts = []
-        for image in images:
-            inputs = processor(
-                [image.convert("RGB")], return_tensors="pt", num_image_tokens=tokens
-            ).to(network.device, network.dtype)
-            out = network.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                tokenizer=tokenizer,
-                stop_strings="<|im_end|>",
-            )
-            texts.append(
-                processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            )
-        return texts
+    def read_one(image: Image.Image) -> str:
+        inputs = processor(
+            [image.convert("RGB")], return_tensors="pt", num_image_tokens=image_tokens
+        )
+        inputs = inputs.to(network.device, network.dtype)
+        tokens = network.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            tokenizer=tokenizer,
+            stop_strings="<|im_end|>",
+        )
+        answer = tokens[0, inputs["input_ids"].shape[1] :]
+        return processor.decode(answer, skip_special_tokens=True)
 
-    return read
+    return lambda images: [read_one(image) for image in images]
 
-
-@register_reward("ocr")
+# %% ../../nbs/rewards/05_ocr.ipynb #f1c82e3f
+@register_reward("ocr", passes_on=("model", "device", "max_new_tokens", "dtype"))
 def ocr(
-    reader: Callable[[list[Image.Image]], list[str]]
-    | None = None,  # images -> texts; None: GOT-OCR 2.0
-    **options,  # of `got_reader`: model, device, max_new_tokens
+    reader: Callable[[list[Image.Image]], list[str]] | None = None,  # None: GOT-OCR 2.0
+    **options,  # of `got_reader`
 ) -> Callable:
-    "How much of the wanted text can be read in the image, 0 to 1."
+    """How much of the wanted text can be read in the image, 0 to 1."""
     read = reader or got_reader(**options)
 
     def reward(images: list[Image.Image], prompts: list[str], metadata: list[dict]) -> list[float]:
-        wanted = [wanted_text(prompt, data) for prompt, data in zip(prompts, metadata)]
-        return [text_match(text, want) for text, want in zip(read(images), wanted)]
+        wanted = [wanted_text(prompt, fields) for prompt, fields in zip(prompts, metadata)]
+        return [text_match(text, target) for text, target in zip(read(images), wanted)]
 
     reward.name = "ocr"
     return reward

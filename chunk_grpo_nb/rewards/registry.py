@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Reward', 'REWARDS', 'REWARD_MODULES', 'RewardError', 'RewardUnavailable', 'register_reward', 'reward_function',
-           'make_reward', 'score', 'check_pairing', 'parse_weights', 'WeightedReward', 'score_async']
+           'pick_device', 'pick_dtype', 'option_names', 'reward_takes', 'reward_recipe', 'make_reward', 'make_rewards',
+           'reward_name', 'needs_whole_group', 'score', 'check_pairing', 'score_async']
 
 # %% ../../nbs/rewards/01_registry.ipynb #6751b66d
 import difflib
@@ -12,6 +13,7 @@ import functools
 import importlib
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,16 +21,21 @@ from concurrent.futures import Future
 import torch
 from PIL import Image
 
+from ..prompts import excerpt, printable
+
 # %% ../../nbs/rewards/01_registry.ipynb #1c96396f
 Reward = Callable[[list[Image.Image], list[str], list[dict]], Sequence[float]]
 
 
 class RewardError(RuntimeError):
-    "A reward that raised, returned something that is no finite number, or the wrong count; names the reward and the prompts."
+    """A reward that raised, or did not return one finite number per image; names the prompts."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class RewardUnavailable(RewardError):
-    "The scorer itself cannot be reached (server down, weights missing): no image is to blame, asking again image by image is pointless."
+    """The scorer itself cannot be reached (server down, weights missing): no image is to blame."""
 
 # %% ../../nbs/rewards/01_registry.ipynb #d74d5c17
 REWARDS: dict[str, Callable[..., Reward]] = {}  # name -> factory
@@ -36,13 +43,17 @@ REWARDS: dict[str, Callable[..., Reward]] = {}  # name -> factory
 
 def register_reward(
     name: str,  # what configs call it
+    passes_on: Sequence[str] | None = None,  # what its **options may be; None: anything
 ) -> Callable:
-    "Decorator: register a factory `(**options) -> reward` under `name`. Registering a name again replaces it, so that a cell can be re-run."
+    """Decorator: register a factory `(**options) -> reward` under `name`.
 
-    if not name or any(c in name for c in "=,: /"):
-        raise ValueError(f"reward name {name!r}: use letters, digits and underscores")
+    Registering a name again replaces it, so that a cell can be re-run.
+    """
+    if not isinstance(name, str) or not name or any(c in name for c in "=,: /"):
+        raise ValueError(f"reward name {excerpt(name)}: use letters, digits and underscores")
 
     def register(factory: Callable[..., Reward]) -> Callable[..., Reward]:
+        factory.passes_on = passes_on
         REWARDS[name] = factory
         return factory
 
@@ -51,121 +62,237 @@ def register_reward(
 # %% ../../nbs/rewards/01_registry.ipynb #9e672261
 def reward_function(
     name: str,  # what configs call it
+    whole_group: bool = False,  # it compares all images of a prompt, and sees them at once
 ) -> Callable:
-    "Decorator: register the reward `(images, prompts, metadata, **options) -> scores` itself; options are bound by `make_reward`."
+    """Decorator: register the reward `(images, prompts, metadata, **options) -> scores` itself."""
 
     def register(function: Reward) -> Reward:
         function.name = name
-        register_reward(name)(
-            lambda **options: functools.partial(function, **options) if options else function
-        )
+        function.whole_group = whole_group
+
+        def factory(**options) -> Reward:
+            return functools.partial(function, **options) if options else function
+
+        options = list(inspect.signature(function).parameters)[3:]
+        register_reward(name, passes_on=options)(factory)
         return function
 
     return register
 
 # %% ../../nbs/rewards/01_registry.ipynb #e3d3004b
+_NAMES_BY_MODULE = {
+    "shapes.rewards": ("shapes_dense", "shapes_strict", "shapes_clip", "shapes_pick"),
+    "rewards.clip_family": ("clip_score", "pickscore", "hpsv2", "aesthetic"),
+    "rewards.compression": ("jpeg_compressibility", "jpeg_incompressibility"),
+    "rewards.vlm": ("hpsv3", "imagereward"),
+    "rewards.ocr": ("ocr",),
+    "rewards.geneval": ("geneval",),
+    "rewards.votes": ("votes",),
+    "rewards.remote": ("http", "https"),
+    "rewards.judges": ("vlm_judge", "vlm_preference"),
+    "rewards.combined": ("weighted", "win_rate"),
+}
 REWARD_MODULES = {  # name -> module that registers it, imported on first use
-    **dict.fromkeys(
-        ["shapes_dense", "shapes_strict", "shapes_clip", "shapes_pick"],
-        "chunk_grpo_nb.shapes.rewards",
-    ),
-    **dict.fromkeys(
-        [
-            "clip_score",
-            "pickscore",
-            "hpsv2",
-            "aesthetic",
-            "jpeg_compressibility",
-            "jpeg_incompressibility",
-        ],
-        "chunk_grpo_nb.rewards.clip_family",
-    ),
-    **dict.fromkeys(["hpsv3", "imagereward"], "chunk_grpo_nb.rewards.vlm"),
-    "ocr": "chunk_grpo_nb.rewards.ocr",
-    "vlm_judge": "chunk_grpo_nb.rewards.remote",
-    "geneval": "chunk_grpo_nb.rewards.geneval",
-    "votes": "chunk_grpo_nb.rewards.votes",
+    name: f"chunk_grpo_nb.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names
 }
 
 # %% ../../nbs/rewards/01_registry.ipynb #2d9be5a3
 def _imported(target: str) -> Reward:
-    "The reward that `module:attribute` names, e.g. `my_rewards:redness` for a file my_rewards.py in the working directory."
+    """The reward that `module:attribute` names, e.g. `my_rewards:redness`.
+
+    The module may lie in the working directory.
+    """
     module, _, attribute = target.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the user's module raises while it is imported
         raise ValueError(
-            f"reward {target!r}: {error}; expected module:function, with the module importable from the working directory"
+            f"reward {excerpt(target)}: {type(error).__name__}: {excerpt(str(error), 200)[1:-1]}; "
+            "expected module:function, with the module importable from the working directory"
         ) from error
+    if not callable(found):
+        raise ValueError(f"reward {excerpt(target)} is a {type(found).__name__}; name a function")
+    return found
 
 
 def _factory(name: str) -> Callable[..., Reward]:
-    "The registered factory, importing its module if need be; an unknown name is refused with the nearest ones."
+    """The registered factory, its module imported if need be; an unknown name gets a hint."""
     if name not in REWARDS and name in REWARD_MODULES:
         importlib.import_module(REWARD_MODULES[name])
-    if name not in REWARDS:
-        known = sorted({*REWARDS, *REWARD_MODULES})
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(
-            f"unknown reward {name!r}{hint} Known: {', '.join(known)}; or http://host:port/name, or module:function"
-        )
-    return REWARDS[name]
+    if name in REWARDS:
+        return REWARDS[name]
+    known = sorted({*REWARDS, *REWARD_MODULES} - {"http", "https", "weighted"})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(
+        f"unknown reward {excerpt(name)}{hint} Known: {', '.join(known)}; "
+        "or http://host:port/name, or module:function"
+    )
 
-# %% ../../nbs/rewards/01_registry.ipynb #91ba9d4c
+# %% ../../nbs/rewards/01_registry.ipynb #48a52ff9
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; "cuda" and None mean this process's own card, or the CPU without one.
+
+    Raises `ValueError` for a name that is no device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device {excerpt(device)}: expected cpu, cuda, or a card such as cuda:1"
+        ) from None
+    if device.type != "cuda" or device.index is not None or not torch.cuda.is_available():
+        return device
+    rank = os.environ.get("LOCAL_RANK", "")
+    own = int(rank) if rank.isdigit() and int(rank) < torch.cuda.device_count() else None
+    return torch.device("cuda", torch.cuda.current_device() if own is None else own)
+
+
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The floating-point type of that name; raises `ValueError` for any other."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {excerpt(dtype)}: expected float32, bfloat16 or float16")
+    return found
+
+# %% ../../nbs/rewards/01_registry.ipynb #d0fccd0e
+def option_names(
+    function: Callable,
+    positional: int = 0,  # first parameters that are given otherwise
+) -> tuple[list[str], list[str], bool]:
+    """Options that a factory takes, those of them it needs, and whether it takes any other."""
+    found = list(inspect.signature(function).parameters.values())[positional:]
+    named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    handed_on = getattr(function, "passes_on", None)
+    any_other = handed_on is None and any(p.kind is p.VAR_KEYWORD for p in found)
+    needed = [p.name for p in named if p.default is p.empty]
+    return [*(p.name for p in named), *(handed_on or [])], needed, any_other
+
+
+def reward_takes(
+    name: str,  # registered
+    option: str,
+) -> bool:
+    """Whether the reward of that name has that option; loads nothing."""
+    if not isinstance(name, str) or name not in {*REWARDS, *REWARD_MODULES}:
+        return False
+    return option in option_names(_factory(name))[0]
+
+
+def _checked_options(name: str, function: Callable, positional: int, options: dict) -> dict:
+    """The options, `path` under the name `model` where that is meant; refuses unknown ones."""
+    names, needed, any_other = option_names(function, positional)
+    if "path" in options and "path" not in names and "model" in names and "model" not in options:
+        options = {"model" if key == "path" else key: v for key, v in options.items()}
+    unknown = [] if any_other else [str(key) for key in options if key not in names]
+    missing = [key for key in needed if key not in options]
+    if unknown or missing:
+        problem = (
+            f"does not take {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+        )
+        raise ValueError(
+            f"reward {excerpt(name)} {problem}; its options are {', '.join(names) or 'none'}"
+        )
+    if "device" in names and options.get("device") is not None:
+        pick_device(options["device"])
+    if "dtype" in names and "dtype" in options:
+        pick_dtype(options["dtype"])
+    return options
+
+# %% ../../nbs/rewards/01_registry.ipynb #b4a96247
+def reward_recipe(
+    name: str,  # as `make_reward` takes it
+    **options,
+) -> Callable[[], Reward]:
+    """A call without arguments that makes the reward; name and options are checked, nothing loaded.
+
+    Raises `ValueError` for an unknown name, an unknown option, or a device that is none.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"reward {excerpt(name)}: expected a name, an address or module:function")
+    scheme, is_address, _ = name.partition("://")
+    if is_address and "=" not in name and scheme not in ("http", "https"):
+        raise ValueError(f"reward address {excerpt(name)}: expected http://host:port/name")
+    if ":" in name and "=" not in name and not is_address:
+        function = _imported(name)
+        options = _checked_options(name, function, 3, options)
+        return lambda: functools.partial(function, **options) if options else function
+    if "=" in name or is_address:
+        factory = functools.partial(_factory("weighted" if "=" in name else scheme), name)
+    else:
+        factory = _factory(name)
+    return functools.partial(factory, **_checked_options(name, factory, 0, options))
+
+
 def make_reward(
-    name: str
-    | Reward,  # registered name | "http://host:port/name" | "module:function" | "a=0.7,b=0.3" | a reward, returned as it is
-    **options,  # handed to the factory: model, device, url, …
+    name: str | Reward,
+    **options,  # of that reward: device, dtype, path, url, …
 ) -> Reward:
-    "The reward of that name. URLs become clients of a reward server (`chunk_grpo_nb.rewards.remote`), weighted lists a `WeightedReward`."
+    """The reward of that name.
+
+    `name` is a registered name, `http://host:port/name` of a reward server, `module:function`, a
+    weighted list `a=0.7,b=0.3`, or a reward, which is returned as it is.
+    """
     if callable(name):
         return functools.partial(name, **options) if options else name
-    if "=" in name:
-        return WeightedReward(parse_weights(name), **options)
-    if name.startswith(("http://", "https://")):
-        return importlib.import_module("chunk_grpo_nb.rewards.remote").RemoteReward(name, **options)
-    if ":" in name:
-        return make_reward(_imported(name), **options)
-    factory = _factory(name)
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise ValueError(
-            f"reward {name!r} does not take these options: {error}; it takes {inspect.signature(factory)}"
-        ) from None
-    return factory(**options)
+    return reward_recipe(name, **options)()
+
+# %% ../../nbs/rewards/01_registry.ipynb #95833a80
+def make_rewards(
+    options: dict[str, dict],  # name -> options
+    device: str | torch.device | None = None,  # for those that take one and name none
+) -> dict[str, Reward]:
+    """The rewards of a run by name; all names and options are checked before any is loaded."""
+    recipes = {}
+    for name, own in options.items():
+        shared = {"device": device} if device is not None and reward_takes(name, "device") else {}
+        recipes[name] = reward_recipe(name, **{**shared, **own})
+    return {name: recipe() for name, recipe in recipes.items()}
 
 # %% ../../nbs/rewards/01_registry.ipynb #bd092864
-def _name_of(reward: Reward) -> str:
-    "How errors call a reward."
+def reward_name(reward: Reward) -> str:
+    """How errors call a reward."""
     inner = reward.func if isinstance(reward, functools.partial) else reward
     return getattr(inner, "name", None) or getattr(inner, "__name__", type(inner).__name__)
 
 
-def _quote(prompts: Sequence[str], most: int = 4) -> str:
-    "The distinct prompts, at most `most` of them spelt out."
+def needs_whole_group(reward: Reward) -> bool:
+    """Whether the reward compares the images of a group, and so must see all of them at once."""
+    inner = reward.func if isinstance(reward, functools.partial) else reward
+    return bool(getattr(inner, "whole_group", False))
+
+
+def _quoted(prompts: Sequence[str], most: int = 4) -> str:
+    """The distinct prompts, at most `most` of them spelt out."""
     distinct = list(dict.fromkeys(prompts))
     more = f" and {len(distinct) - most} more" if len(distinct) > most else ""
-    return ", ".join(repr(p if len(p) <= 80 else p[:77] + "...") for p in distinct[:most]) + more
+    return ", ".join(excerpt(prompt, 80) for prompt in distinct[:most]) + more
 
 
 def _call(reward: Reward, images: list, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
-    "The raw call as (n,) float64; raises `RewardError` on an exception or a wrong count, leaves NaN and inf in place."
-    where = f"reward {_name_of(reward)!r} on {_quote(prompts)}"
+    """The raw call, without gradients, as (n,) float64; NaN and inf are left in place.
+
+    Raises `RewardError` on an exception or a wrong count.
+    """
+    where = f"reward {reward_name(reward)!r} on {_quoted(prompts)}"
     try:
-        values = reward(images, prompts, metadata)
+        with torch.no_grad():
+            values = reward(images, prompts, metadata)
         values = values.detach().cpu() if isinstance(values, torch.Tensor) else values
         values = torch.as_tensor([float(v) for v in values], dtype=torch.float64)
     except RewardError:
         raise
     except Exception as error:
-        raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
+        reason = excerpt(str(error), 500)[1:-1]
+        raise RewardError(f"{where}: {type(error).__name__}: {reason}") from error
     if values.shape != (len(images),):
         raise RewardError(
-            f"{where}: returned {values.numel()} scores for {len(images)} images; a reward returns one number per image, in order"
+            f"{where}: returned {values.numel()} scores for {len(images)} images; "
+            "a reward returns one number per image, in order"
         )
     return values
 
@@ -176,40 +303,66 @@ def score(
     prompts: list[str],  # prompts[i] is the prompt of images[i]
     metadata: list[dict] | None = None,  # metadata[i] belongs to prompts[i]; None: empty dicts
     on_failure: str = "raise",  # "raise" | "drop": failing images get NaN
+    group_ids: Sequence | None = None,  # for rewards of whole groups; None: a group is a prompt
 ) -> torch.Tensor:
-    "Scores of the images, (n,) float64 on the CPU. The only way in which this package calls a reward. Raises `RewardError`."
+    """Scores of the images, (n,) float64 on the CPU: the only way in which a reward is called.
+
+    Raises `RewardError`.
+    """
     metadata = [{} for _ in images] if metadata is None else metadata
     if not len(images) == len(prompts) == len(metadata):
         raise ValueError(
-            f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata; each image needs one of each"
+            f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata; "
+            "each image needs one of each"
         )
     if on_failure not in ("raise", "drop"):
         raise ValueError(f'on_failure is {on_failure!r}; expected "raise" or "drop"')
+    rows = range(len(images))
+    calls = [list(rows)]
+    if needs_whole_group(reward):
+        calls = _groups(prompts if group_ids is None else group_ids)
+    values = torch.full((len(images),), math.nan, dtype=torch.float64)
+    for call in calls:
+        values[call] = _score_rows(reward, images, prompts, metadata, on_failure, call)
+    return values
+
+
+def _groups(group_ids: Sequence) -> list[list[int]]:
+    """The rows of each group."""
+    group_ids = group_ids.tolist() if isinstance(group_ids, torch.Tensor) else group_ids
+    groups = {}
+    for row, group in enumerate(group_ids):
+        groups.setdefault(group, []).append(row)
+    return list(groups.values())
+
+# %% ../../nbs/rewards/01_registry.ipynb #71a316bb
+def _score_rows(
+    reward: Reward, images: list, prompts: list, metadata: list, on_failure: str, rows: list[int]
+) -> torch.Tensor:
+    """One call on these rows; dropped failures are NaN: one image's, or the whole group's."""
+    images, prompts, metadata = ([v[i] for i in rows] for v in (images, prompts, metadata))
     try:
-        values = _call(reward, list(images), list(prompts), list(metadata))
+        values = _call(reward, images, prompts, metadata)
     except RewardUnavailable:
         raise
     except RewardError:
         if on_failure == "raise":
             raise
-        values = torch.stack([_one_or_nan(reward, *one) for one in zip(images, prompts, metadata)])
+        if needs_whole_group(reward) or len(rows) == 1:
+            return torch.full((len(rows),), math.nan, dtype=torch.float64)
+        alone = [
+            _score_rows(reward, images, prompts, metadata, on_failure, [i])
+            for i in range(len(rows))
+        ]
+        return torch.cat(alone)
     bad = ~torch.isfinite(values)
     if bad.any() and on_failure == "raise":
         named = [p for p, b in zip(prompts, bad.tolist()) if b]
         raise RewardError(
-            f"reward {_name_of(reward)!r} returned {values[bad].tolist()[:4]} on {_quote(named)}; scores must be finite"
+            f"reward {reward_name(reward)!r} returned {values[bad].tolist()[:4]} "
+            f"on {_quoted(named)}; scores must be finite"
         )
     return values.masked_fill(bad, math.nan)
-
-
-def _one_or_nan(reward: Reward, image: Image.Image, prompt: str, metadata: dict) -> torch.Tensor:
-    "Score of one image, NaN if the reward fails on it."
-    try:
-        return _call(reward, [image], [prompt], [metadata])[0]
-    except RewardUnavailable:
-        raise
-    except RewardError:
-        return torch.tensor(math.nan, dtype=torch.float64)
 
 # %% ../../nbs/rewards/01_registry.ipynb #a6f1cbc3
 def check_pairing(
@@ -220,99 +373,29 @@ def check_pairing(
     tolerance: float = 1e-4,  # relative to the spread of the scores
     seed: int = 0,
 ) -> torch.Tensor:
-    "Scores of the images, after checking that permuting the batch, and splitting it, permutes the scores; raises `RewardError` if not."
+    """Scores of the images, after checking that permuting or splitting the batch changes none.
+
+    A reward of whole groups is checked by permuting alone. Raises `RewardError` if a score moves.
+    """
     metadata = [{} for _ in images] if metadata is None else metadata
     plain = score(reward, images, prompts, metadata)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     picked = [[values[i] for i in order] for values in (images, prompts, metadata)]
-    cuts = sorted({0, 1, len(order) // 2, len(order)})
-    parts = [score(reward, *(v[a:b] for v in picked)) for a, b in zip(cuts, cuts[1:])]
-    for what, values in (
-        ("permuted", score(reward, *picked)),
-        ("permuted and split", torch.cat(parts)),
-    ):
+    found = {"permuted": score(reward, *picked)}
+    if not needs_whole_group(reward):
+        cuts = sorted({0, 1, len(order) // 2, len(order)})
+        parts = [score(reward, *(v[a:b] for v in picked)) for a, b in zip(cuts, cuts[1:])]
+        found["permuted and split"] = torch.cat(parts)
+    scale = max(plain.std(correction=0).item(), plain.abs().max().item(), 1e-12)
+    for what, values in found.items():
         off = (values - plain[order]).abs()
-        if off.max() > tolerance * max(
-            plain.std(correction=0).item(), plain.abs().max().item(), 1e-12
-        ):
+        if off.max() > tolerance * scale:
             worst = order[int(off.argmax())]
             raise RewardError(
-                f"reward {_name_of(reward)!r}: the {what} batch changes the score of {prompts[worst]!r} by {off.max():.3g}; it mixes up its inputs"
+                f"reward {reward_name(reward)!r}: the {what} batch changes the score of "
+                f"{excerpt(prompts[worst], 80)} by {off.max():.3g}; it mixes up its inputs"
             )
     return plain
-
-# %% ../../nbs/rewards/01_registry.ipynb #eecbbd57
-def parse_weights(
-    text: str,  # "hpsv3=1,clip_score=0.5"
-) -> dict[str, float]:
-    "Reward names and weights from one line of a config."
-    weights = {}
-    for part in text.split(","):
-        name, found, value = part.strip().rpartition("=")
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = math.nan
-        if not found or not name or not math.isfinite(weight):
-            raise ValueError(
-                f"{part.strip()!r} in {text!r}: expected name=weight with a number, as in 'hpsv3=1,clip_score=0.5'"
-            )
-        if name in weights:
-            raise ValueError(f"reward {name!r} appears twice in {text!r}")
-        weights[name] = weight
-    return weights
-
-# %% ../../nbs/rewards/01_registry.ipynb #e2ec8464
-class WeightedReward:
-    "Weighted sum of rewards, itself a reward; `parts` gives the unweighted scores of each by name."
-
-    def __init__(
-        self,
-        weights: dict[str, float],  # name (anything `make_reward` takes) -> weight
-        options: dict[str, dict] | None = None,  # name -> options of that reward
-    ):
-        unknown = set(options or {}) - set(weights)
-        if unknown:
-            raise ValueError(
-                f"options for {sorted(unknown)}, which are not among the rewards {sorted(weights)}"
-            )
-        self.weights = dict(weights)
-        self.rewards = {
-            name: make_reward(name, **(options or {}).get(name, {})) for name in weights
-        }
-        self.name = ",".join(f"{name}={weight:g}" for name, weight in weights.items())
-
-    def parts(
-        self,
-        images: list[Image.Image],
-        prompts: list[str],
-        metadata: list[dict],
-        on_failure: str = "raise",
-    ) -> dict[str, torch.Tensor]:
-        "Each reward's checked scores, name -> (n,) float64; remote ones are asked first and answer while local ones compute."
-        remote = [name for name, reward in self.rewards.items() if hasattr(reward, "executor")]
-        pending = {
-            name: score_async(self.rewards[name], images, prompts, metadata, on_failure)
-            for name in remote
-        }
-        local = {
-            name: score(r, images, prompts, metadata, on_failure)
-            for name, r in self.rewards.items()
-            if name not in pending
-        }
-        return {
-            name: pending[name].result() if name in pending else local[name]
-            for name in self.rewards
-        }
-
-    def __call__(
-        self, images: list[Image.Image], prompts: list[str], metadata: list[dict]
-    ) -> torch.Tensor:
-        "The weighted sum, (n,) float64."
-        return sum(
-            self.weights[name] * values
-            for name, values in self.parts(images, prompts, metadata).items()
-        )
 
 # %% ../../nbs/rewards/01_registry.ipynb #68d54693
 def score_async(
@@ -321,14 +404,19 @@ def score_async(
     prompts: list[str],
     metadata: list[dict] | None = None,
     on_failure: str = "raise",  # as in `score`
+    group_ids: Sequence | None = None,  # as in `score`
 ) -> Future:
-    "As `score`, as a `Future` of the (n,) tensor: pending for rewards with an `executor` (remote ones), done for local ones."
+    """As `score`, as a `Future` of the (n,) tensor.
+
+    Pending for rewards with an `executor` (remote ones), done for local ones.
+    """
+    arguments = (reward, images, prompts, metadata, on_failure, group_ids)
     executor = getattr(reward, "executor", None)
     if executor is not None:
-        return executor.submit(score, reward, images, prompts, metadata, on_failure)
+        return executor.submit(score, *arguments)
     future = Future()
     try:
-        future.set_result(score(reward, images, prompts, metadata, on_failure))
+        future.set_result(score(*arguments))
     except Exception as error:
         future.set_exception(error)
     return future

@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .registry import RewardUnavailable, register_reward
+from ..prompts import excerpt
+from .registry import RewardUnavailable, pick_dtype, register_reward
 from .clip_family import clip_pixels, score_head
 from chunk_grpo_nb.rewards.weights import (
+    MODEL_OPTIONS,
     WEIGHTS,
     ModelReward,
     build,
@@ -36,7 +38,10 @@ _IMAGEREWARD_MEAN, _IMAGEREWARD_STD = 0.16717362830052426, 1.0333394966054072
 
 
 def imagereward_configs() -> tuple:
-    "Vision and text configs of ImageReward v1.0: `create_vit('large', 224)` and `med_config.json`, as (BlipVisionConfig, BlipTextConfig)."
+    """Vision and text configs of ImageReward v1.0, as (BlipVisionConfig, BlipTextConfig).
+
+    Source: `create_vit('large', 224)` and `med_config.json` of THUDM/ImageReward.
+    """
     from transformers import BlipTextConfig, BlipVisionConfig
 
     vision = dict(
@@ -59,9 +64,9 @@ def imagereward_configs() -> tuple:
     )
     return BlipVisionConfig(**vision), BlipTextConfig(**text)
 
-
+# %% ../../nbs/rewards/04_vlm.ipynb #5f7cf451
 class ImageRewardModel(nn.Module):
-    "Image and prompt to one score."
+    """Image and prompt to one score."""
 
     def __init__(self, vision: nn.Module, text: nn.Module, head: nn.Module):
         super().__init__()
@@ -70,7 +75,7 @@ class ImageRewardModel(nn.Module):
     def forward(
         self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        "Scores (b,) of pixels (b, 3, s, s) and tokens (b, length)."
+        """Scores (b,) of pixels (b, 3, s, s) and tokens (b, length)."""
         image = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
         seen = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
         words = self.text(
@@ -79,16 +84,22 @@ class ImageRewardModel(nn.Module):
             encoder_hidden_states=image,
             encoder_attention_mask=seen,
         )
-        return (
-            self.head(words.last_hidden_state[:, 0].float())[:, 0] - _IMAGEREWARD_MEAN
-        ) / _IMAGEREWARD_STD
+        rating = self.head(words.last_hidden_state[:, 0].float())[:, 0]
+        return (rating - _IMAGEREWARD_MEAN) / _IMAGEREWARD_STD
 
 # %% ../../nbs/rewards/04_vlm.ipynb #8af32956
 _VIT_NAMES = {
-    "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding", "patch_embed.proj": "embeddings.patch_embedding",
-    "norm": "post_layernorm", "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection",
-    "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-}  # fmt: skip
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm": "post_layernorm",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 _UNUSED = re.compile(
     r"blip\.(vision_proj|text_proj)\.|blip\.text_encoder\.embeddings\.position_ids$"
 )
@@ -97,7 +108,10 @@ _UNUSED = re.compile(
 def imagereward_to_transformers(
     state: dict[str, torch.Tensor],  # the published state dict
 ) -> tuple[dict, dict, dict]:
-    "State dicts of `BlipVisionModel`, `BlipTextModel` and the head; unknown names raise `RewardUnavailable`."
+    """State dicts of `BlipVisionModel`, `BlipTextModel` and the head.
+
+    Unknown names raise `RewardUnavailable`.
+    """
     vision, text, head = {}, {}, {}
     for key, value in state.items():
         if _UNUSED.match(key):
@@ -121,64 +135,68 @@ def imagereward_to_transformers(
     return vision, text, head
 
 # %% ../../nbs/rewards/04_vlm.ipynb #f08ac9cb
+def _linear_shapes(linear: dict[str, tuple]) -> dict[str, tuple]:
+    """Names and shapes of layers with a weight of that shape and a bias."""
+    weights = {f"{name}.weight": shape for name, shape in linear.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+
+
+def _vision_shapes(vision) -> dict[str, tuple]:
+    """Names and shapes of ImageReward's image tower."""
+    w, m, p = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    base = "blip.visual_encoder."
+    layers = {"norm": (w,), "patch_embed.proj": (w, 3, p, p)}
+    for i in range(vision.num_hidden_layers):
+        block = f"blocks.{i}."
+        layers |= {block + "norm1": (w,), block + "norm2": (w,)}
+        layers |= {block + "attn.qkv": (3 * w, w), block + "attn.proj": (w, w)}
+        layers |= {block + "mlp.fc1": (m, w), block + "mlp.fc2": (w, m)}
+    positions = (vision.image_size // p) ** 2 + 1
+    shapes = {"cls_token": (1, 1, w), "pos_embed": (1, positions, w)} | _linear_shapes(layers)
+    return {base + name: shape for name, shape in shapes.items()}
+
+# %% ../../nbs/rewards/04_vlm.ipynb #bbda9b94
+def _text_shapes(text) -> dict[str, tuple]:
+    """Names and shapes of ImageReward's text tower, which looks at the image by cross-attention."""
+    h, m, base = text.hidden_size, text.intermediate_size, "blip.text_encoder."
+    layers = {f"{base}embeddings.LayerNorm": (h,)}
+    for i in range(text.num_hidden_layers):
+        layer = f"{base}encoder.layer.{i}."
+        for kind, width in (("attention", h), ("crossattention", text.encoder_hidden_size)):
+            layers[f"{layer}{kind}.self.query"] = (h, h)
+            layers[f"{layer}{kind}.self.key"] = (h, width)
+            layers[f"{layer}{kind}.self.value"] = (h, width)
+            layers[f"{layer}{kind}.output.dense"] = (h, h)
+            layers[f"{layer}{kind}.output.LayerNorm"] = (h,)
+        layers[f"{layer}intermediate.dense"] = (m, h)
+        layers[f"{layer}output.dense"] = (h, m)
+        layers[f"{layer}output.LayerNorm"] = (h,)
+    embeddings = {
+        f"{base}embeddings.word_embeddings.weight": (text.vocab_size, h),
+        f"{base}embeddings.position_embeddings.weight": (text.max_position_embeddings, h),
+    }
+    return embeddings | _linear_shapes(layers)
+
+
 def imagereward_shapes(
     vision,  # BlipVisionConfig
     text,  # BlipTextConfig
 ) -> dict[str, tuple]:
-    "Names and shapes of the published ImageReward state dict, without the unused ones."
-    w, m, p = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    shapes = {
-        "cls_token": (1, 1, w),
-        "pos_embed": (1, (vision.image_size // p) ** 2 + 1, w),
-        "patch_embed.proj.weight": (w, 3, p, p),
-        "patch_embed.proj.bias": (w,),
-    }
-    layers = [("norm", (w,))]
-    for i in range(vision.num_hidden_layers):
-        layers += [(f"blocks.{i}.{name}", shape) for name, shape in (
-            ("norm1", (w,)), ("norm2", (w,)), ("attn.qkv", (3 * w, w)), ("attn.proj", (w, w)), ("mlp.fc1", (m, w)), ("mlp.fc2", (w, m)))]  # fmt: skip
-    layers = [(f"blip.visual_encoder.{name}", shape) for name, shape in layers]
-    shapes = {f"blip.visual_encoder.{name}": shape for name, shape in shapes.items()}
-    h, e, base = text.hidden_size, text.encoder_hidden_size, "blip.text_encoder."
-    shapes[f"{base}embeddings.word_embeddings.weight"] = (text.vocab_size, h)
-    shapes[f"{base}embeddings.position_embeddings.weight"] = (text.max_position_embeddings, h)
-    layers += [(f"{base}embeddings.LayerNorm", (h,))]
-    for i in range(text.num_hidden_layers):
-        layer = f"{base}encoder.layer.{i}."
-        for kind, width in (("attention", h), ("crossattention", e)):
-            layers += [
-                (f"{layer}{kind}.self.query", (h, h)),
-                (f"{layer}{kind}.self.key", (h, width)),
-                (f"{layer}{kind}.self.value", (h, width)),
-            ]
-            layers += [
-                (f"{layer}{kind}.output.dense", (h, h)),
-                (f"{layer}{kind}.output.LayerNorm", (h,)),
-            ]
-        layers += [
-            (f"{layer}intermediate.dense", (text.intermediate_size, h)),
-            (f"{layer}output.dense", (h, text.intermediate_size)),
-            (f"{layer}output.LayerNorm", (h,)),
-        ]
-    sizes = [h, 1024, 128, 64, 16, 1]
-    layers += [(f"mlp.layers.{i}", (b, a)) for i, a, b in zip((0, 2, 4, 6, 7), sizes, sizes[1:])]
-    return (
-        shapes
-        | {f"{name}.weight": shape for name, shape in layers}
-        | {f"{name}.bias": shape[:1] for name, shape in layers}
-    )
+    """Names and shapes of the published ImageReward state dict, without the unused ones."""
+    sizes = [text.hidden_size, 1024, 128, 64, 16, 1]
+    places = (0, 2, 4, 6, 7)  # of the linear layers; between them are dropouts
+    head = {f"mlp.layers.{i}": (b, a) for i, a, b in zip(places, sizes, sizes[1:])}
+    return _vision_shapes(vision) | _text_shapes(text) | _linear_shapes(head)
 
 # %% ../../nbs/rewards/04_vlm.ipynb #20424b1a
-@register_reward("imagereward")
+@register_reward("imagereward", passes_on=MODEL_OPTIONS)
 def imagereward(
-    model: str | Path = WEIGHTS[
-        "imagereward"
-    ].hub,  # hub id, folder, or the .pt / .safetensors file
+    model: str | Path = WEIGHTS["imagereward"].hub,  # hub id, folder, or file
     tokenizer: str | Path = "google-bert/bert-base-uncased",
     configs: tuple | None = None,  # (BlipVisionConfig, BlipTextConfig), for other sizes; None: v1.0
-    **options,  # device, batch_size, offload
+    **options,  # MODEL_OPTIONS
 ) -> ModelReward:
-    "ImageReward v1.0, roughly standard normal over its training images (arXiv 2304.05977)."
+    """ImageReward v1.0, roughly standard normal over its training images (arXiv 2304.05977)."""
     from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel
 
     path, (vision, text) = weight_file("imagereward", model), configs or imagereward_configs()
@@ -213,21 +231,29 @@ def imagereward(
 
 # %% ../../nbs/rewards/04_vlm.ipynb #510cea04
 def hpsv3_config():
-    "The Qwen2-VL-7B-Instruct of HPSv3, vocabulary resized to 151,658, as a `Qwen2VLConfig`."
+    """The Qwen2-VL-7B-Instruct of HPSv3, vocabulary resized to 151,658, as a `Qwen2VLConfig`."""
     from transformers import Qwen2VLConfig
 
     text = dict(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=151658, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    )  # fmt: skip
-    return Qwen2VLConfig(
-        text_config=text,
-        vision_config=dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4),
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=151658,
+        rms_norm_eps=1e-6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
     )
+    vision = dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4)
+    return Qwen2VLConfig(text_config=text, vision_config=vision)
 
 
 def rating_head(width: int) -> nn.Sequential:
-    "HPSv3's head, (…, width) -> (…, 2): mu and log sigma (`rm_head_type: ranknet` without further arguments)."
+    """HPSv3's head, (…, width) -> (…, 2): mu and log sigma (`rm_head_type: ranknet`)."""
     return nn.Sequential(
         nn.Linear(width, 1024),
         nn.ReLU(),
@@ -237,9 +263,9 @@ def rating_head(width: int) -> nn.Sequential:
         nn.Linear(16, 2),
     )
 
-
+# %% ../../nbs/rewards/04_vlm.ipynb #eae79660
 class HPSv3Model(nn.Module):
-    "Qwen2-VL with a head on the hidden state of the reward token."
+    """Qwen2-VL with a head on the hidden state of the reward token."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module, reward_id: int):
         super().__init__()
@@ -247,31 +273,34 @@ class HPSv3Model(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor,  # (b, length), padded right, the reward token once in each row
         attention_mask: torch.Tensor,
         pixels: torch.Tensor,
         grid: torch.Tensor,
     ) -> torch.Tensor:
-        "(b, 2): mu and log sigma; every row of input_ids (b, length), padded right, holds the reward token once."
+        """Mu and log sigma, (b, 2)."""
         counts = (input_ids == self.reward_id).sum(1)
         if not bool((counts == 1).all()):
             raise ValueError(
-                f"each text must hold the reward token once, found {counts.tolist()} (does a prompt contain it?)"
+                f"each text must hold the reward token once, found {counts.tolist()} "
+                "(does a prompt contain it?)"
             )
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(
-            3, *input_ids.shape
-        )
+        length = torch.arange(input_ids.shape[1], device=input_ids.device)
         states = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False,
-            pixel_values=pixels.to(self.backbone.dtype), image_grid_thw=grid,
-        ).last_hidden_state  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=length.expand(3, *input_ids.shape),
+            use_cache=False,
+            pixel_values=pixels.to(self.backbone.dtype),
+            image_grid_thw=grid,
+        ).last_hidden_state
         return self.head(states[input_ids == self.reward_id].float())
 
 # %% ../../nbs/rewards/04_vlm.ipynb #c112698f
 def hpsv3_to_transformers(
     state: dict[str, torch.Tensor],  # the published state dict
 ) -> tuple[dict, dict]:
-    "State dicts of `Qwen2VLModel` and of the head."
+    """State dicts of `Qwen2VLModel` and of the head."""
     backbone, head = {}, {}
     for key, value in state.items():
         if key.startswith("rm_head."):
@@ -288,116 +317,114 @@ def hpsv3_to_transformers(
 def hpsv3_shapes(
     config,  # a Qwen2VLConfig
 ) -> dict[str, tuple]:
-    "Names and shapes of the published HPSv3 state dict (names of transformers 4.45)."
-    text, vision = config.text_config, config.vision_config
-    h, m, v, e = text.hidden_size, text.intermediate_size, text.vocab_size, vision.embed_dim
+    """Names and shapes of the published HPSv3 state dict (names of transformers 4.45)."""
+    text = config.text_config
+    head = _linear_shapes({"rm_head.0": (1024, text.hidden_size), "rm_head.3": (16, 1024)})
+    head |= _linear_shapes({"rm_head.5": (2, 16)})
+    return _language_shapes(text) | _qwen_vision_shapes(config) | head
+
+# %% ../../nbs/rewards/04_vlm.ipynb #a9ca18f0
+def _language_shapes(text) -> dict[str, tuple]:
+    """Names and shapes of Qwen2's language model, which has few biases."""
+    h, m, v = text.hidden_size, text.intermediate_size, text.vocab_size
     kv = h // text.num_attention_heads * text.num_key_value_heads
-    shapes = {
-        "model.embed_tokens.weight": (v, h),
-        "lm_head.weight": (v, h),
-        "model.norm.weight": (h,),
-    }
+    shapes = {"model.embed_tokens": (v, h), "lm_head": (v, h), "model.norm": (h,)}
+    biases = {}
     for i in range(text.num_hidden_layers):
         layer = f"model.layers.{i}."
-        shapes |= {
-            f"{layer}{name}.weight": (h,)
-            for name in ("input_layernorm", "post_attention_layernorm")
-        }
-        shapes |= {
-            f"{layer}mlp.{name}_proj.weight": shape
-            for name, shape in (("gate", (m, h)), ("up", (m, h)), ("down", (h, m)))
-        }
-        shapes |= {
-            f"{layer}self_attn.{n}_proj.weight": (rows, h)
-            for n, rows in (("q", h), ("k", kv), ("v", kv), ("o", h))
-        }
-        shapes |= {
-            f"{layer}self_attn.{n}_proj.bias": (rows,)
-            for n, rows in (("q", h), ("k", kv), ("v", kv))
-        }
+        shapes |= {layer + "input_layernorm": (h,), layer + "post_attention_layernorm": (h,)}
+        shapes |= {layer + "mlp.gate_proj": (m, h), layer + "mlp.up_proj": (m, h)}
+        shapes |= {layer + "mlp.down_proj": (h, m), layer + "self_attn.o_proj": (h, h)}
+        for name, rows in (("q", h), ("k", kv), ("v", kv)):
+            shapes[f"{layer}self_attn.{name}_proj"] = (rows, h)
+            biases[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+    return {f"{name}.weight": shape for name, shape in shapes.items()} | biases
+
+
+def _qwen_vision_shapes(config) -> dict[str, tuple]:
+    """Names and shapes of Qwen2-VL's image tower."""
+    vision, e = config.vision_config, config.vision_config.embed_dim
     wide, merged = e * vision.mlp_ratio, e * vision.spatial_merge_size**2
-    linear = {
+    layers = {
         "visual.merger.mlp.0": (merged, merged),
-        "visual.merger.mlp.2": (h, merged),
+        "visual.merger.mlp.2": (config.text_config.hidden_size, merged),
         "visual.merger.ln_q": (e,),
     }
     for i in range(vision.depth):
-        sizes = {
-            "norm1": (e,),
-            "norm2": (e,),
-            "attn.qkv": (3 * e, e),
-            "attn.proj": (e, e),
-            "mlp.fc1": (wide, e),
-            "mlp.fc2": (e, wide),
-        }
-        linear |= {f"visual.blocks.{i}.{name}": shape for name, shape in sizes.items()}
-    linear |= {"rm_head.0": (1024, h), "rm_head.3": (16, 1024), "rm_head.5": (2, 16)}
-    shapes["visual.patch_embed.proj.weight"] = (
-        e,
-        vision.in_channels,
-        vision.temporal_patch_size,
-        vision.patch_size,
-        vision.patch_size,
-    )
-    return (
-        shapes
-        | {f"{k}.weight": s for k, s in linear.items()}
-        | {f"{k}.bias": s[:1] for k, s in linear.items()}
-    )
+        block = f"visual.blocks.{i}."
+        layers |= {block + "norm1": (e,), block + "norm2": (e,)}
+        layers |= {block + "attn.qkv": (3 * e, e), block + "attn.proj": (e, e)}
+        layers |= {block + "mlp.fc1": (wide, e), block + "mlp.fc2": (e, wide)}
+    patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    projection = {"visual.patch_embed.proj.weight": (e, vision.in_channels, *patch)}
+    return projection | _linear_shapes(layers)
 
 # %% ../../nbs/rewards/04_vlm.ipynb #70d81fb0
-HPSV3_TEMPLATE_URL = "https://raw.githubusercontent.com/MizzenAI/HPSv3/d232ff8669a0b00759766067c6c3a26e2e717fac/hpsv3/dataset/data_collator_qwen.py"
+HPSV3_TEMPLATE_URL = (
+    "https://raw.githubusercontent.com/MizzenAI/HPSv3/"
+    "d232ff8669a0b00759766067c6c3a26e2e717fac/hpsv3/dataset/data_collator_qwen.py"
+)
 _REWARD_TOKEN = "<|Reward|>"
 
 
-def hpsv3_template(
-    source: str
-    | Path
-    | None = None,  # path of data_collator_qwen.py, or of a text file with {text_prompt}; None: fetched once, then cached
-) -> str:
-    "The text HPSv3 is asked with, a format string with the field `text_prompt` and one reward token; raises `RewardUnavailable` with instructions."
-    path = (
-        Path(source)
-        if source is not None
-        else Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-        / "hpsv3_data_collator_qwen.py"
-    )
-    try:
-        if source is None and not path.exists():
-            import httpx
+def _fetched_once(path: Path) -> None:
+    """Put the published file at `path`, unless it is there."""
+    import httpx
 
-            answer = httpx.get(
-                HPSV3_TEMPLATE_URL, timeout=30, follow_redirects=True
-            ).raise_for_status()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(answer.content)
+    if not path.exists():
+        answer = httpx.get(HPSV3_TEMPLATE_URL, timeout=30, follow_redirects=True)
+        answer.raise_for_status()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(answer.content)
+
+
+def _text_constants(source: str) -> dict[str, str]:
+    """The constants of a Python source that are plain text, by name; nothing is run."""
+    constants = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            constants |= dict.fromkeys(names, str(node.value.value))
+    return constants
+
+# %% ../../nbs/rewards/04_vlm.ipynb #95a7da58
+def hpsv3_template(
+    source: str | Path | None = None,  # data_collator_qwen.py, or a text file; None: fetched once
+) -> str:
+    """The text HPSv3 is asked with: one field `{text_prompt}` and one reward token.
+
+    Raises `RewardUnavailable` with instructions.
+    """
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    path = cache / "hpsv3_data_collator_qwen.py" if source is None else Path(source).expanduser()
+    try:
+        if source is None:
+            _fetched_once(path)
         text = path.read_text(encoding="utf-8")
-    except Exception as error:
+        if path.suffix == ".py":
+            constants = _text_constants(text)
+            names = ("INSTRUCTION", "prompt_with_special_token")
+            text = "".join(constants.get(name, "") for name in names)
+    except Exception as error:  # no connection, no such file, no Python
         raise RewardUnavailable(
-            f"reward 'hpsv3': its instruction text could not be read ({type(error).__name__}: {error}). Download {HPSV3_TEMPLATE_URL} (licence: MIT) "
-            f"on a machine with a connection and put it at {path}, or pass its path as make_reward('hpsv3', template=...)"
+            f"reward 'hpsv3': its instruction text could not be read ({type(error).__name__}: "
+            f"{excerpt(str(error), 200)[1:-1]}). Download {HPSV3_TEMPLATE_URL} (licence: MIT) "
+            f"on a machine with a connection and put it at {path}, "
+            "or pass its path as make_reward('hpsv3', template=...)"
         ) from error
-    if path.suffix == ".py":
-        nodes = [
-            node
-            for node in ast.parse(text).body
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        ]
-        constants = {
-            target.id: node.value.value
-            for node in nodes
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        text = constants.get("INSTRUCTION", "") + constants.get("prompt_with_special_token", "")
     if text.count("{text_prompt}") != 1 or text.count(_REWARD_TOKEN) != 1:
         raise RewardUnavailable(
-            f"{path}: expected one {{text_prompt}} and one {_REWARD_TOKEN} in INSTRUCTION + prompt_with_special_token"
+            f"{path}: expected one {{text_prompt}} and one {_REWARD_TOKEN} "
+            "in INSTRUCTION + prompt_with_special_token"
         )
     return text
 
 # %% ../../nbs/rewards/04_vlm.ipynb #f0e4ecce
-_CHAT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
 
 
 def hpsv3_size(
@@ -406,7 +433,11 @@ def hpsv3_size(
     pixels: int = 256 * 28 * 28,  # aimed at
     factor: int = 28,  # both sides are multiples of it
 ) -> tuple[int, int]:
-    "Size (width, height) to which an image is resized: its aspect, sides multiples of `factor`, area next to `pixels` (qwen_vl_utils' rule with min = max)."
+    """Size (width, height) to which an image is resized.
+
+    Its aspect, sides multiples of `factor`, area next to `pixels` (qwen_vl_utils' rule with min =
+    max).
+    """
     rounded = [max(factor, round(side / factor) * factor) for side in (width, height)]
     area, scale = rounded[0] * rounded[1], (pixels / (width * height)) ** 0.5
     if area > pixels:
@@ -415,13 +446,16 @@ def hpsv3_size(
         return tuple(-int(-side * scale // factor) * factor for side in (width, height))
     return rounded[0], rounded[1]
 
-
+# %% ../../nbs/rewards/04_vlm.ipynb #74448368
 def qwen_inputs(
     tokenizer: Callable,
     images: list[Image.Image],  # sides multiples of 28
     texts: list[str],
 ) -> dict[str, torch.Tensor]:
-    "input_ids and attention_mask (b, length) padded right, pixels (patches, values), grid (b, 3), for one image and one text a row."
+    """input_ids and attention_mask (b, length) padded right.
+
+    Pixels (patches, values), grid (b, 3), for one image and one text a row.
+    """
     from transformers import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(do_resize=False)
@@ -440,7 +474,7 @@ def qwen_inputs(
     )
 
 # %% ../../nbs/rewards/04_vlm.ipynb #247b6b41
-@register_reward("hpsv3")
+@register_reward("hpsv3", passes_on=("device", "offload"))
 def hpsv3(
     model: str | Path = WEIGHTS["hpsv3"].hub,  # hub id, folder, or the .safetensors file
     tokenizer: str | Path = "Qwen/Qwen2-VL-7B-Instruct",
@@ -450,7 +484,7 @@ def hpsv3(
     batch_size: int = 4,
     **options,  # device, offload
 ) -> ModelReward:
-    "HPSv3: mu of the predicted preference, about 0 to 15 (arXiv 2508.03789)."
+    """HPSv3: mu of the predicted preference, about 0 to 15 (arXiv 2508.03789)."""
     from transformers import AutoTokenizer, Qwen2VLModel
 
     text, config = hpsv3_template(template), config or hpsv3_config()
@@ -467,7 +501,7 @@ def hpsv3(
     check_layout(shapes_of(rated), shapes_of(head), str(path))
     head.load_state_dict(rated)
     whole = HPSv3Model(
-        build(Qwen2VLModel, config, backbone, str(path), getattr(torch, dtype)),
+        build(Qwen2VLModel, config, backbone, str(path), pick_dtype(dtype)),
         head,
         words.convert_tokens_to_ids(_REWARD_TOKEN),
     )

@@ -86,7 +86,10 @@ def read_image_folder(folder: str | Path) -> tuple[list[str], list[Image.Image]]
             '{"file_name": "0.png", "prompt": "a cat"}'
         )
     prompts, images = [], []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = table.read_text(encoding="utf-8").split("\n")  # `splitlines` cuts prompts at U+2028
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             prompt, file = row.get("prompt") or row["text"], folder / row["file_name"]
@@ -111,8 +114,10 @@ class Ballot:
             self._read()
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 self.votes[row["pair"]] = row["choice"]
