@@ -2,7 +2,8 @@
 
 python ci/web_page.py NOTEBOOK.ipynb   writes NOTEBOOK.html beside it
 
-A picture's text is the `alt` in the metadata of its output: `display(figure, metadata={"image/png": {"alt": "..."}})`.
+A picture's text is the `alt` in the metadata of its output:
+`display(figure, metadata={"image/png": {"alt": "..."}})`.
 """
 
 import html

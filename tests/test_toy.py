@@ -1,4 +1,7 @@
-"""The 2-D toy of the tutorial: GRPO at every level learns it, and mistakes made on purpose do not pass the checks."""
+"""The 2-D toy of the tutorial.
+
+GRPO at every level learns it, and mistakes made on purpose do not pass the checks.
+"""
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ toy = load_toy()
 
 @pytest.fixture(scope="module")
 def rolled():
-    "An off-policy situation: rolled out by one policy, updated for another, adaptive chunks, half of them selected."
+    """Rolled out by one policy, updated for another; adaptive chunks, half of them selected."""
     generator, prompts = torch.Generator().manual_seed(0), torch.arange(4).repeat_interleave(8)
     old_policy, policy = toy.make_policy(0), toy.make_policy(1)
     torch.nn.init.normal_(policy[-1].weight, std=0.3)  # far enough that some chunks are clipped
@@ -91,7 +94,7 @@ MISTAKES = [
 
 
 def reference_loss(policy, rolled, chunk_ids, advantages, selected):
-    "The objective of the paper, sample by sample and chunk by chunk, without the library."
+    """The objective of the paper, sample by sample and chunk by chunk, without the library."""
     states, base, prompts, old = rolled
     difference, total = toy.log_probs(policy, states, base, prompts) - old, 0.0
     for i in range(len(states)):
@@ -109,7 +112,7 @@ def reference_loss(policy, rolled, chunk_ids, advantages, selected):
 
 
 def check_gradient(loss, case):
-    "The gradient of the loss is that of the paper's objective."
+    """The gradient of the loss is that of the paper's objective."""
     policy = case[0]
     found, expected = (
         torch.autograd.grad(f(*case), list(policy.parameters())) for f in (loss, reference_loss)
@@ -119,7 +122,7 @@ def check_gradient(loss, case):
 
 
 def check_learns(chunker, seed, loss=toy.update_loss, **options):
-    "Training reaches 90 % of the possible gain."
+    """Training reaches 90 % of the possible gain."""
     policy, rewards = toy.train(chunker, seed, iterations=36, group_size=24, loss=loss, **options)
     start, end = rewards[0], sum(rewards[-4:]) / 4
     assert (end - start) / (1 - start) >= 0.9, f"{chunker}: from {start:.2f} to {end:.2f}"

@@ -1,4 +1,4 @@
-"""The definitions of the 2-D toy tutorial, taken from the notebook itself: its cells tagged `definitions`."""
+"""The definitions of the 2-D toy tutorial: the cells of its notebook tagged `definitions`."""
 
 import json
 from pathlib import Path
