@@ -9,18 +9,15 @@ from PIL import Image
 class StubPolicy:
     """Latents and pictures follow from the seeds alone; remembers what it was asked for."""
 
-    def __init__(self, broken_prompt: str | None = None):
-        self.broken_prompt = broken_prompt
+    def __init__(self):
         self.batches: list[list[str]] = []
 
     def sample(self, prompts, sampler, initial, noise, keep_calls=True, hybrid_steps=None):
         self.batches.append(list(prompts))
         rows = []
-        for prompt, first, second in zip(prompts, initial, noise, strict=True):
+        for first, second in zip(initial, noise, strict=True):
             generator = torch.Generator().manual_seed(first ^ second)
             rows.append(torch.rand(5, 3, 2, 2, generator=generator) + 0.1)
-            if prompt == self.broken_prompt:
-                rows[-1][3] = torch.nan
         latents = torch.stack(rows)
         return SimpleNamespace(latents=latents, log_probs=latents[:, :3].mean((2, 3, 4)))
 

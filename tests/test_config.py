@@ -166,3 +166,6 @@ def test_home_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("seed: 4\n")
     assert read_yaml("~/c.yaml") == {"seed": 4}
+    config = make_config(model="~/flux", train_prompts="~/p.txt")
+    assert config.policy.model == f"{tmp_path}/flux"
+    assert config.data.train_prompts == f"{tmp_path}/p.txt"

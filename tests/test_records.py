@@ -233,6 +233,15 @@ def test_a_folder_that_cannot_be_used_is_refused_untouched(run, tmp_path, place,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("entry", ["[]", '{"a.pt": 3}', '{"a.pt": {"hash": 1}}', "{", "null"])
+def test_a_damaged_index_gets_words(run, entry):
+    path = iterate(run, 0)
+    path.with_name("index.json").write_text(entry)
+    for read in (newest_checkpoint, list_checkpoints, lambda _: load_checkpoint(path)):
+        with pytest.raises(ValueError, match="index.json is damaged"):
+            read(run)
+
+
 def test_home_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run = RunFolder.create("~/run", Config(), {})

@@ -174,7 +174,7 @@ class DataSettings(_Group):
     group_size: int = setting(12, "G images of each prompt", at_least=2, at_most=100_000)
     same_noise: bool = setting(False, "images of a group start from the same initial noise")
 
-
+# %% ../../nbs/training/01_config.ipynb #bf6e7f85
 @dataclass(frozen=True)
 class SamplingSettings(_Group):
     """The sampler while training."""
@@ -216,18 +216,12 @@ class SamplingSettings(_Group):
 class ObjectiveSettings(_Group):
     """What is maximised: rewards, advantages, chunks, ratios, clipping."""
 
-    rewards: dict = setting(
-        {"shapes_dense": 1.0}, "name: weight, or name: {weight: w, <option>: value, ...}"
-    )
+    rewards: dict = setting({"shapes_dense": 1.0}, "name: weight, or name: {weight: w, option: v}")
     reward_mix: str = setting(
         "sum", "sum of weighted rewards, or gdpo: normalise each first", choices=("sum", "gdpo")
     )
-    chunk_rewards: list | None = setting(
-        None, "one {name: weight} per chunk: different rewards for different chunks"
-    )
-    reward_failure: str = setting(
-        "raise", "stop the run, or drop the whole group", choices=("raise", "drop")
-    )
+    chunk_rewards: list | None = setting(None, "a {name: weight} for each chunk")
+    reward_failure: str = setting("raise", "or drop the whole group", choices=("raise", "drop"))
     advantage_std: str = setting(
         "group", "std that advantages are divided by", choices=("group", "global", "none")
     )
@@ -237,9 +231,7 @@ class ObjectiveSettings(_Group):
     selection: str = setting(
         "uniform", "chunks that are trained: uniform, weighted (eq. 17), anneal, only:0,2"
     )
-    fraction: float = setting(
-        0.5, "share of a trajectory's chunks that is trained", above=0, at_most=1
-    )
+    fraction: float = setting(0.5, "share of the chunks that is trained", above=0, at_most=1)
     ratio: str = setting(
         "chunk", "a likelihood ratio per chunk, or per step: step, step:chunk, step:std, step:SPEC"
     )
@@ -255,10 +247,7 @@ class ObjectiveSettings(_Group):
     @property
     def reward_options(self) -> dict[str, dict]:
         """Name -> what the reward is made with, besides its name."""
-        options = {k: dict(v) if isinstance(v, dict) else {} for k, v in self.rewards.items()}
-        for chosen in options.values():
-            chosen.pop("weight", None)
-        return options
+        return {name: _options(value) for name, value in self.rewards.items()}
 
     @property
     def step_weighting(self) -> str | None:
@@ -268,15 +257,24 @@ class ObjectiveSettings(_Group):
     def check(self) -> None:
         """Rewards are weighted by numbers; a weighting belongs to steps."""
         _check_rewards(self)
-        level, colon, weighting = self.ratio.partition(":")
-        if self.ratio != "chunk" and (level != "step" or bool(colon) != bool(weighting)):
-            _refuse(
-                "ratio",
-                self.ratio,
-                "must be chunk, step, step:chunk, step:std, or step: and a chunker",
-            )
+        _check_ratio(self)
 
 # %% ../../nbs/training/01_config.ipynb #6a0eeb96
+def _options(reward: Any) -> dict:
+    """What a reward is made with: all that is given of it but its weight."""
+    if not isinstance(reward, dict):
+        return {}
+    return {name: value for name, value in reward.items() if name != "weight"}
+
+
+def _check_ratio(objective: ObjectiveSettings) -> None:
+    """A ratio belongs to a chunk, or to a step, whose weighting may follow."""
+    level, colon, weighting = objective.ratio.partition(":")
+    if objective.ratio != "chunk" and (level != "step" or bool(colon) != bool(weighting)):
+        words = "must be chunk, step, step:chunk, step:std, or step: and a chunker"
+        _refuse("ratio", objective.ratio, words)
+
+
 def _check_weights(name: str, weights: Any, options: bool) -> None:
     """Refuse what is not `{name: weight}`, with `options` also `{name: {weight: ...}}`."""
     allowed = "{name: weight} or {name: {weight: w, ...}}" if options else "{name: weight}"
@@ -333,7 +331,7 @@ class OptimisationSettings(_Group):
         may_change=True,
     )
 
-
+# %% ../../nbs/training/01_config.ipynb #8dd3bebe
 @dataclass(frozen=True)
 class RunSettings(_Group):
     """Seed, cadence, records."""
@@ -487,6 +485,16 @@ def _check_name(name: Any) -> None:
     raise ValueError(f"config: unknown setting {_shown(name)}{hint}")
 
 
+def _as_meant(name: str, value: Any) -> Any:
+    """A value as typed in a file or a shell: an unquoted `no`, a `~` for the home folder."""
+    if name == "mixed_precision" and value is False:
+        return "no"
+    is_path = name in ("model", "train_prompts", "validation_prompts")
+    if is_path and isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
+    return value
+
+
 def make_config(
     values: Mapping[str, Any] | None = None,  # name -> value; groups are understood too
     base: Config | None = None,  # what the rest is taken from; None: the defaults
@@ -498,9 +506,7 @@ def make_config(
     changes: dict[str, dict] = {group: {} for group in _GROUPS}
     for name, value in (_leaves(values or {}) | _leaves(settings)).items():
         _check_name(name)
-        if name == "mixed_precision" and value is False:
-            value = "no"  # what YAML makes of an unquoted no
-        changes[_GROUP_OF[name]][name] = value
+        changes[_GROUP_OF[name]][name] = _as_meant(name, value)
     base = base or Config()
     return replace(base, **{g: replace(getattr(base, g), **c) for g, c in changes.items() if c})
 

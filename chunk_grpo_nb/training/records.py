@@ -114,11 +114,15 @@ def _write_json(path: Path, value: Any) -> None:
     _write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for a file that holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged, it is not JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged, it holds a {type(value).__name__}")
+    return value
 
 # %% ../../nbs/training/02_records.ipynb #cc740cbd
 class RunFolder:
@@ -275,10 +279,24 @@ def read_table(run: RunFolder, name: str) -> pd.DataFrame:
     return pd.read_parquet(path)
 
 # %% ../../nbs/training/02_records.ipynb #e6ff8840
-def _checkpoint_index(run: RunFolder) -> dict[str, dict]:
+_INDEX_ENTRY = {"iteration": int, "hash": str, "parts": dict, "rows": dict}
+
+
+def _read_index(folder: Path) -> dict[str, dict]:
     """File name -> checksum, parts and row counts of each finished checkpoint, oldest first."""
-    path = run.path / "checkpoints" / "index.json"
-    return dict(sorted(_read_json(path).items())) if path.exists() else {}
+    path = folder / "index.json"
+    index = _read_json(path) if path.exists() else {}
+    for name, entry in index.items():
+        known = isinstance(entry, dict) and all(
+            isinstance(entry.get(key), kind) for key, kind in _INDEX_ENTRY.items()
+        )
+        if not known or Path(name).name != name:
+            raise ValueError(f"{path} is damaged at {name!r}; delete that entry, or start again")
+    return dict(sorted(index.items()))
+
+
+def _checkpoint_index(run: RunFolder) -> dict[str, dict]:
+    return _read_index(run.path / "checkpoints")
 
 
 def _write_index(run: RunFolder, index: Mapping[str, dict]) -> None:
@@ -341,8 +359,7 @@ def list_checkpoints(run: RunFolder) -> list[Path]:
 # %% ../../nbs/training/02_records.ipynb #5396ff08
 def _check_hashes(path: Path) -> None:
     """Refuse a checkpoint that is not what was written, as far as an index beside it knows."""
-    index_file = path.with_name("index.json")
-    entry = _read_json(index_file).get(path.name) if index_file.exists() else None
+    entry = _read_index(path.parent).get(path.name)
     if entry is None:
         return
     for name, expected in {path.name: entry["hash"], **entry["parts"]}.items():
@@ -404,7 +421,7 @@ def _read_checkpoint(run: RunFolder, path: Path, needs: Iterable[str]) -> Checkp
             )
     return Checkpoint(path, entry["iteration"], state, entry["rows"])
 
-
+# %% ../../nbs/training/02_records.ipynb #5a3e4a9f
 def newest_checkpoint(run: RunFolder, needs: Iterable[str] = ()) -> Checkpoint | None:
     """The newest checkpoint that is sound; None where none was ever finished.
 
@@ -452,7 +469,7 @@ def check_resume(
         settings = resume_changes(run.config, config)
     except ValueError as e:
         raise ValueError(f"{run.path}: {e}") from e
-    then = run.manifest["hashes"]
+    then = run.manifest.get("hashes", {})
     inputs = {name: (then[name], now) for name, now in hashes.items() if then.get(name, now) != now}
     if inputs and not allow_changed_inputs:
         words = [f"{name} had hash {old}, now {new}" for name, (old, new) in inputs.items()]

@@ -19,7 +19,7 @@ from ..rewards.registry import score
 
 # %% auto #0
 __all__ = ['derive_seed', 'derive_generator', 'Seeds', 'group_seeds', 'Place', 'Rollout', 'scorer', 'BackgroundScorer',
-           'check_finite', 'draw_rollout']
+           'draw_rollout']
 
 # %% ../../nbs/training/03_rollout.ipynb #5c72c13e
 def derive_seed(*key: int | str) -> int:
@@ -147,20 +147,6 @@ def _own_samples(total: int, process: int, processes: int) -> list[int]:
     size = total // processes
     return list(range(process * size, (process + 1) * size))
 
-
-def check_finite(latents: torch.Tensor, prompts: Sequence[Prompt]) -> None:
-    """Refuse a trajectory (b, n, ...) with a value that is not finite, naming prompt and step.
-
-    Raises FloatingPointError.
-    """
-    broken = ~torch.isfinite(latents).flatten(2).all(2)
-    if broken.any():
-        row, step = broken.nonzero()[0].tolist()
-        raise FloatingPointError(
-            f"latents are not finite at step {step} for {prompts[row].text[:200]!r}; the weights "
-            "may be broken, or dtype too narrow: try bfloat16 or float32, or an earlier checkpoint"
-        )
-
 # %% ../../nbs/training/03_rollout.ipynb #cbb67cde
 def draw_rollout(
     policy,  # `policy.Policy`
@@ -188,7 +174,6 @@ def draw_rollout(
             part = slice(start, start + size)
             texts = [p.text for p in chosen[part]]
             recording = policy.sample(texts, sampler, seeds.initial[part], seeds.noise[part])
-            check_finite(recording.latents, chosen[part])
             drawn = policy.decode(recording)
             background.submit(drawn, chosen[part])
             recordings.append(recording)
