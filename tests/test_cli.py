@@ -148,15 +148,18 @@ def test_run_and_sweep(home, capsys):
         ("train --config {home}/none.yaml --out {home}/new", "no file"),
         ("train --config {home}/my.yaml --out {home}/run", "holds a run already"),
         (
-            "evaluate {home}/nothing --out {home}/x.parquet --prompts {home}/prompts.txt --rewards test_cli:redness",
+            "evaluate {home}/nothing --out {home}/x.parquet --prompts {home}/prompts.txt "
+            "--rewards test_cli:redness",
             "no such folder",
         ),
         (
-            "evaluate {home}/run --out {home}/x.parquet --rewards shapes_strikt --prompts {home}/prompts.txt",
+            "evaluate {home}/run --out {home}/x.parquet --rewards shapes_strikt "
+            "--prompts {home}/prompts.txt",
             "shapes_strikt",
         ),
         (
-            "evaluate {home}/run --out {home}/x.parquet --rewards test_cli:redness --prompts {home}/none.txt",
+            "evaluate {home}/run --out {home}/x.parquet --rewards test_cli:redness "
+            "--prompts {home}/none.txt",
             "none.txt",
         ),
         ("evaluate {home}/run --out {home}/x.xlsx", "must end in .parquet or .csv"),
@@ -199,6 +202,12 @@ def test_the_installed_command_answers_without_heavy_imports():
         cwd=ROOT,
     )
     assert run.returncode == 0 and "train" in run.stdout, run.stderr
-    code = "import sys; from chunk_grpo_nb.analysis.cli import make_parser; make_parser(); print([m for m in ('diffusers', 'pandas', 'matplotlib', 'papermill') if m in sys.modules])"
+    code = (
+        "import sys\n"
+        "from chunk_grpo_nb.analysis.cli import make_parser\n"
+        "make_parser()\n"
+        "heavy = {'diffusers', 'pandas', 'matplotlib', 'papermill'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr

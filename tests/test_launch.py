@@ -1,4 +1,4 @@
-"""Launch configurations and parameter files: accepted by accelerate and by `load_config`; sharded gradients equal unsharded ones."""
+"""Launch and parameter files are accepted; sharded gradients equal unsharded ones."""
 
 import json
 import os
@@ -32,7 +32,10 @@ def test_accelerate_accepts_the_configuration(path):
 
 
 def plugin_of(path: Path, monkeypatch):
-    """The FSDP plugin that `accelerate launch` would make of a configuration: its words, as environment, through accelerate's own code."""
+    """The FSDP plugin that `accelerate launch` would make of a configuration.
+
+    Its words become the environment through accelerate's own code.
+    """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.launch import prepare_multi_gpu_env
@@ -59,7 +62,10 @@ def test_fsdp_words_reach_the_plugin(name, monkeypatch):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_files_are_complete(stage):
-    """What the trainer sets itself (batch size, clipping, accumulation) is not in the file, where it could contradict the parameter file."""
+    """What the trainer sets itself (batch size, clipping, accumulation) is not in the file.
+
+    There it could contradict the parameter file.
+    """
     yaml_file = yaml.safe_load((LAUNCH / f"deepspeed_zero{stage}.yaml").read_text())
     file = json.loads((ROOT / yaml_file["deepspeed_config"]["deepspeed_config_file"]).read_text())
     assert file["zero_optimization"]["stage"] == stage and "gradient_clipping" not in file
@@ -119,7 +125,10 @@ def test_the_papers_settings():
 
 
 def test_sharded_gradients_equal_unsharded_ones(tmp_path):
-    """`fully_shard` on two gloo processes, float64: LoRA and all weights, first and later updates, uneven and idle processes."""
+    """`fully_shard` on two gloo processes, in float64.
+
+    LoRA and all weights, first and later updates, uneven and idle processes.
+    """
     out = tmp_path / "found.json"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     words = [
@@ -192,7 +201,10 @@ def assert_same_training(one, two, rtol: float, atol: float) -> None:
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_training_with_sharded_weights_is_the_same_training(tmp_path, mode):
-    """Rollout, replay check, two-pass updates, checkpoints, resume and final weights under FSDP2 on two gloo processes, against one process."""
+    """FSDP2 on two gloo processes against one process.
+
+    Rollout, replay check, two-pass updates, checkpoints, resume and final weights.
+    """
     assert_same_training(*both_trainings("fsdp_train.py", mode, tmp_path), rtol=1e-3, atol=2e-3)
 
 
@@ -200,7 +212,10 @@ def test_training_with_sharded_weights_is_the_same_training(tmp_path, mode):
 @pytest.mark.parametrize("stage", ["2", "3"])
 @pytest.mark.parametrize("mode", ["lora", "full", "full_bf16"])
 def test_training_under_deepspeed_is_the_same_training(tmp_path, mode, stage):
-    """The same under DeepSpeed ZeRO-2 and ZeRO-3, with the engine's own reduction, clipping, step and checkpoints."""
+    """The same under DeepSpeed ZeRO-2 and ZeRO-3.
+
+    With the engine's own reduction, clipping, step and checkpoints.
+    """
     pytest.importorskip(
         "deepspeed", reason="DeepSpeed is not installed: pip install deepspeed, or run ci/full"
     )
@@ -219,7 +234,7 @@ def test_training_under_deepspeed_is_the_same_training(tmp_path, mode, stage):
 
 
 def test_the_gpu_benchmark_runs_small(tmp_path):
-    """So that it is ready when there is a GPU: every stage of the LoRA arm, on a tiny transformer."""
+    """Every stage of the LoRA arm on a tiny transformer, so that it is ready for a GPU."""
     out = tmp_path / "found.json"
     done = subprocess.run(
         [

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -183,6 +184,12 @@ def public(tree: ast.Module) -> list[ast.AST]:
         for node in owner.body
         if isinstance(node, ast.FunctionDef) and node.name[0] != "_"
     ]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_everything_offered_is_there(module):
+    loaded = importlib.import_module(f"chunk_grpo_nb.{module}")
+    assert [name for name in loaded.__all__ if not hasattr(loaded, name)] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

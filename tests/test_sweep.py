@@ -45,7 +45,10 @@ def checkout(tmp_path):
     """A folder with nbs/experiments and sweeps; `sweep(text)` writes a sweep file and loads it."""
     write(
         tmp_path / "nbs/experiments/toy.ipynb",
-        "import os, time; assert seed < 5, 'too large'\nif name == 'die': os._exit(1)\ntime.sleep(lr)",
+        "import os, time\n"
+        "assert seed < 5, 'too large'\n"
+        "if name == 'die': os._exit(1)\n"
+        "time.sleep(lr)",
     )
     return tmp_path
 
@@ -203,7 +206,12 @@ def test_failures_are_listed_and_done_trials_are_not_run_again(checkout):
 def test_a_kill_loses_the_running_trials_only(checkout):
     text = "experiment: toy\ngrid: {lr: [0.01, 600.0]}"
     grid = sweep(checkout, text)
-    code = f"from chunk_grpo_nb.analysis.runner import *; from chunk_grpo_nb.analysis.sweep import *; run_sweep(load_sweep({str(checkout / 'grid.yaml')!r}), {str(checkout / 'out')!r}, jobs=1)"
+    file, out = str(checkout / "grid.yaml"), str(checkout / "out")
+    code = (
+        "from chunk_grpo_nb.analysis.runner import run_sweep\n"
+        "from chunk_grpo_nb.analysis.sweep import load_sweep\n"
+        f"run_sweep(load_sweep({file!r}), {out!r}, jobs=1)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         start_new_session=True,
