@@ -73,3 +73,14 @@ def test_warning_signs_of_known_pictures():
     assert colour_entropy(stripes) == 1 and colour_entropy(flat) == 0
     black, white = (Image.new("RGB", (8, 8), c) for c in ("black", "white"))
     assert group_diversity([black, white]) == 1 and group_diversity([black, black]) == 0
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 12])
+def test_rewards_of_whole_groups_see_whole_prompts(batch):
+    def rank(images, prompts, metadata):
+        assert len(images) == 4 and len(set(prompts)) == 1
+        return range(len(images))
+
+    rank.whole_group = True
+    table = evaluate(StubPolicy(), PROMPTS, scorer({"rank": rank}), None, batch=batch)
+    assert table["rank"].tolist() == table["image"].tolist()

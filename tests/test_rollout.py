@@ -87,7 +87,7 @@ def test_batches_that_wait_are_dropped_after_a_failure():
     with pytest.raises(KeyboardInterrupt):
         with BackgroundScorer(slow) as background:
             for batch in range(2):
-                background.submit([batch], [])
+                background.submit([batch], [None])
             raise KeyboardInterrupt
     assert len(scored) <= 1
 
@@ -104,7 +104,7 @@ def test_scoring_falls_one_batch_behind_and_no_more():
     with BackgroundScorer(slow) as background:
         for _ in range(6):
             drawn += 1
-            background.submit([None], [])
+            background.submit([None], [None])
             ahead.append(drawn - scored)
         assert len(background.scores()["r"]) == 6
     assert max(ahead) <= 2
@@ -122,3 +122,36 @@ def test_rewards_run_without_gradients():
         rollout(score=scorer({"r": reward}))
     rollout(score=scorer({"r": reward}), batch=4)
     assert seen == [False] * 4
+
+
+def win_share(images, prompts, metadata):
+    """A reward of whole groups: the share of the group that an image is at least as bright as."""
+    values = brightness(images, prompts, metadata)
+    return [sum(v >= other for other in values) / len(values) for v in values]
+
+
+win_share.whole_group = True
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 12])
+def test_rewards_of_whole_groups_see_whole_groups(batch):
+    score = scorer({"wins": win_share, "brightness": brightness})
+    whole, parts = rollout(score=score), rollout(score=score, batch=batch)
+    assert torch.equal(whole.rewards["wins"], parts.rewards["wins"])
+    assert torch.equal(whole.rewards["brightness"], parts.rewards["brightness"])
+    values = whole.rewards["brightness"].reshape(3, 4)
+    expected = (values[:, :, None] >= values[:, None]).double().mean(2).flatten()
+    assert torch.equal(whole.rewards["wins"], expected)
+
+
+def test_two_slots_of_one_prompt_are_two_groups():
+    score = scorer({"wins": win_share})
+    options = {"iteration": 0, "seed": 1, "group_size": 4}
+    twice = draw_rollout(StubPolicy(), [PROMPTS[0]] * 2, None, score, **options)
+    assert (twice.rewards["wins"].reshape(2, 4).max(1).values == 1).all()
+
+
+def test_processes_do_not_split_the_groups_of_such_a_reward():
+    with pytest.raises(ValueError, match="make prompts_per_iteration a multiple of 2"):
+        rollout(score=scorer({"wins": win_share}), share=(0, 2))
+    rollout(score=scorer({"brightness": brightness}), share=(0, 2))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..prompts import Prompt
-from .rollout import group_seeds
+from .rollout import complete_images, group_seeds
 
 # %% auto #0
 __all__ = ['edge_density', 'colour_entropy', 'group_diversity', 'evaluate']
@@ -56,6 +56,15 @@ def _draw_row(prompt: Prompt, prompt_index: int, image_index: int, image, scores
     }
 
 # %% ../../nbs/training/07_evaluation.ipynb #e5cede0e
+def _scores(score_images: Callable, ready: list, prompts: Sequence[Prompt]) -> dict[str, list]:
+    """Scores of images with their places; rewards of whole groups get the prompt's number too."""
+    images, places = map(list, zip(*ready, strict=True))
+    asked = [images, [prompts[p] for p, _ in places]]
+    if getattr(score_images, "whole_group", False):
+        asked.append([p for p, _ in places])
+    return {name: values.tolist() for name, values in score_images(*asked).items()}
+
+
 def evaluate(
     policy,  # `policy.Policy`
     prompts: Sequence[Prompt],
@@ -78,7 +87,7 @@ def evaluate(
     if not prompts:
         raise ValueError("evaluate: no prompts")
     todo = [(p, g) for p in range(len(prompts)) for g in range(images_per_prompt)]
-    rows, group, diversity = [], [], []
+    rows, waiting, group, diversity = [], [], [], []
     for start in range(0, len(todo), batch):
         part = todo[start : start + batch]
         chosen = [prompts[p] for p, _ in part]
@@ -86,10 +95,13 @@ def evaluate(
         options = {"keep_calls": False, "hybrid_steps": hybrid_steps}
         recording = policy.sample([p.text for p in chosen], sampler, *seeds, **options)
         images = policy.decode(recording)
-        scores = {name: s.tolist() for name, s in score_images(images, chosen).items()}
-        for i, (image, (p, g)) in enumerate(zip(images, part, strict=True)):
+        waiting += zip(images, part, strict=True)
+        count = complete_images(score_images, len(waiting), images_per_prompt)
+        ready, waiting = waiting[:count], waiting[count:]
+        scores = _scores(score_images, ready, prompts) if ready else {}
+        for i, (image, (p, g)) in enumerate(ready):
             own = {name: values[i] for name, values in scores.items()}
-            rows.append(_draw_row(chosen[i], p, g, image, own))
+            rows.append(_draw_row(prompts[p], p, g, image, own))
             group.append(image)
             if len(group) == images_per_prompt:
                 diversity += [group_diversity(group)] * images_per_prompt

@@ -15,11 +15,11 @@ import torch
 
 from ..dynamics import relative_distance
 from ..prompts import Prompt
-from ..rewards.registry import score
+from ..rewards.registry import needs_whole_group, score
 
 # %% auto #0
-__all__ = ['derive_seed', 'derive_generator', 'Seeds', 'group_seeds', 'Place', 'Rollout', 'scorer', 'BackgroundScorer',
-           'draw_rollout']
+__all__ = ['derive_seed', 'derive_generator', 'Seeds', 'group_seeds', 'Place', 'Rollout', 'scorer', 'complete_images',
+           'BackgroundScorer', 'draw_rollout']
 
 # %% ../../nbs/training/03_rollout.ipynb #5c72c13e
 def derive_seed(*key: int | str) -> int:
@@ -91,28 +91,45 @@ class Rollout:
 
 # %% ../../nbs/training/03_rollout.ipynb #158a57ed
 def scorer(rewards: Mapping[str, Callable], on_failure: str = "raise") -> Callable:
-    """A function (images, prompts) -> {name: (n,) float64} that asks every reward."""
+    """A function (images, prompts, group_ids=None) -> {name: (n,) float64} that asks every reward.
 
-    def score_images(images: Sequence, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    Its attribute `whole_group` says that a reward compares the images of a group, so that these
+    must come in one call, with a number for each group.
+    """
+
+    def score_images(
+        images: Sequence, prompts: Sequence[Prompt], group_ids: Sequence[int] | None = None
+    ) -> dict[str, torch.Tensor]:
         texts = [p.text for p in prompts]
         metadata = [p.metadata for p in prompts]
+        options = {"on_failure": on_failure, "group_ids": group_ids}
         with torch.no_grad():
             return {
-                name: score(reward, images, texts, metadata, on_failure=on_failure)
+                name: score(reward, images, texts, metadata, **options)
                 for name, reward in rewards.items()
             }
 
+    score_images.whole_group = any(map(needs_whole_group, rewards.values()))
     return score_images
+
+
+def complete_images(score_images: Callable, waiting: int, group_size: int) -> int:
+    """How many of the `waiting` images can be scored: all, or those of complete groups."""
+    whole = getattr(score_images, "whole_group", False)
+    return waiting // group_size * group_size if whole else waiting
 
 # %% ../../nbs/training/03_rollout.ipynb #c5160252
 class BackgroundScorer:
     """Scores batch after batch in a thread; use it as a context manager.
 
     `submit` waits until no more than one batch is waiting, and raises what an earlier one raised.
+    Where a reward compares whole groups, images wait until theirs is complete.
     """
 
-    def __init__(self, score_images: Callable):
+    def __init__(self, score_images: Callable, group_size: int = 1):
         self.score_images = score_images
+        self.group_size = group_size
+        self.waiting: list[tuple] = []  # image, prompt, group
         self.results: list[Future] = []
         self.pool = ThreadPoolExecutor(max_workers=1)
 
@@ -122,9 +139,18 @@ class BackgroundScorer:
     def __exit__(self, *_) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, images: Sequence, prompts: Sequence[Prompt]) -> None:
+    def submit(
+        self, images: Sequence, prompts: Sequence[Prompt], group_ids: Sequence[int] | None = None
+    ) -> None:
         """Queue a batch. Raises the error of a batch before."""
-        self.results.append(self.pool.submit(self.score_images, images, prompts))
+        groups = [None] * len(images) if group_ids is None else group_ids
+        self.waiting += zip(images, prompts, groups, strict=True)
+        count = complete_images(self.score_images, len(self.waiting), self.group_size)
+        ready, self.waiting = self.waiting[:count], self.waiting[count:]
+        if ready:
+            images, prompts, groups = map(list, zip(*ready, strict=True))
+            asked = (images, prompts) if group_ids is None else (images, prompts, groups)
+            self.results.append(self.pool.submit(self.score_images, *asked))
         for result in self.results[:-2]:
             result.result()
         for result in self.results:
@@ -162,20 +188,30 @@ def draw_rollout(
     metric: str = "l1",  # of the dynamics
     share: tuple[int, int] = (0, 1),  # this process, number of processes
 ) -> Rollout:
-    """Sample G images of every prompt with recording, score them, measure their dynamics."""
+    """Sample G images of every prompt with recording, score them, measure their dynamics.
+
+    Raises `ValueError` where processes cannot share the samples, or would split the groups of a
+    reward that compares whole groups.
+    """
     samples = _own_samples(len(prompts) * group_size, *share)
+    if complete_images(score_images, len(samples), group_size) < len(samples):
+        raise ValueError(
+            f"a reward compares the {group_size} images of a prompt, but {share[1]} processes would "
+            f"split them: make prompts_per_iteration a multiple of {share[1]}"
+        )
     slots = [i // group_size for i in samples]
     seeds = group_seeds(seed, iteration, slots, [i % group_size for i in samples], same_noise)
     chosen = [prompts[slot] for slot in slots]
     size = batch or len(samples)
     recordings, images = [], []
-    with BackgroundScorer(score_images) as background:
+    whole = getattr(score_images, "whole_group", False)
+    with BackgroundScorer(score_images, group_size) as background:
         for start in range(0, len(samples), size):
             part = slice(start, start + size)
             texts = [p.text for p in chosen[part]]
             recording = policy.sample(texts, sampler, seeds.initial[part], seeds.noise[part])
             drawn = policy.decode(recording)
-            background.submit(drawn, chosen[part])
+            background.submit(drawn, chosen[part], slots[part] if whole else None)
             recordings.append(recording)
             images += drawn
         rewards = background.scores()
