@@ -6,27 +6,47 @@
 __all__ = []
 
 # %% ../nbs/00_package.ipynb #99c7746a
-from .advantages import combined_advantages, group_advantages
-from chunk_grpo_nb.chunking import (
-    adaptive_chunks,
-    chunk_ids_from_sizes,
-    chunk_mask,
-    chunk_sizes_from_ids,
-    chunk_weights,
-    make_chunker,
-    select_chunks,
-)
-from .dynamics import relative_distance
-from chunk_grpo_nb.objective import (
-    chunk_mean,
-    chunk_ratio,
-    clipped_objective,
-    implied_step_weights,
-    kl_to_reference,
-    step_coefficients,
-)
-from .schedules import sigma_schedule
-from .sde import Transition, sde_step
+from importlib import import_module
+
+# %% ../nbs/00_package.ipynb #806f6fd0
+_NAMES = {  # module -> what can be imported from the package itself
+    "advantages": ("combined_advantages", "group_advantages"),
+    "chunking": (
+        "adaptive_chunks",
+        "chunk_ids_from_sizes",
+        "chunk_mask",
+        "chunk_sizes_from_ids",
+        "chunk_weights",
+        "make_chunker",
+        "select_chunks",
+    ),
+    "dynamics": ("relative_distance",),
+    "objective": (
+        "chunk_mean",
+        "chunk_ratio",
+        "clipped_objective",
+        "implied_step_weights",
+        "kl_to_reference",
+        "step_coefficients",
+    ),
+    "schedules": ("sigma_schedule",),
+    "sde": ("Transition", "sde_step"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str):
+    """Import a name when it is first used (PEP 562), so that the package itself costs nothing."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'chunk_grpo_nb' has no attribute {name!r}")
+    value = getattr(import_module(f"chunk_grpo_nb.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The names that are there, imported or not."""
+    return sorted({*globals(), *_MODULE_OF})
 
 # %% ../nbs/00_package.ipynb #3f4c4fd1
 __version__ = "0.1.0"

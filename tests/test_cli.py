@@ -163,7 +163,6 @@ def test_run_and_sweep(home, capsys):
             "none.txt",
         ),
         ("evaluate {home}/run --out {home}/x.xlsx", "must end in .parquet or .csv"),
-        ("sample {home}/run red --images 0 --out {home}/x.png", "at least 1"),
         ("report {home}", "not a run folder"),
         ("run {home}/none.ipynb", "no notebook"),
         ("sweep {home}/none.yaml", "no sweep file"),
@@ -186,7 +185,7 @@ def test_debug_shows_the_error_itself():
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("train", "evaluate", "sample", "plan", "report", "run", "sweep"):
+    for command in ("train", "evaluate", "sample", "plan", "report", "run", "sweep", "serve"):
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0
@@ -206,8 +205,48 @@ def test_the_installed_command_answers_without_heavy_imports():
         "import sys\n"
         "from chunk_grpo_nb.analysis.cli import make_parser\n"
         "make_parser()\n"
-        "heavy = {'diffusers', 'pandas', 'matplotlib', 'papermill'}\n"
+        "heavy = {'torch', 'diffusers', 'pandas', 'matplotlib', 'papermill'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("sample x red --images 0 --out x.png", "--images: '0': a whole number of at least 1"),
+        ("evaluate x --images -1 --out x.csv", "--images: '-1': a whole number"),
+        ("plan --processes 0", "--processes: '0': a whole number"),
+        ("plan --processes \u00b2", "a whole number"),
+        ("sweep x.yaml --jobs two", "--jobs: 'two': a whole number"),
+        ("sweep x.yaml --backend spark", "invalid choice"),
+        ("trian", "invalid choice"),
+    ],
+)
+def test_a_mistake_in_the_words_is_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        main(words.split(" "))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_control_characters_are_shown_and_not_sent(capsys):
+    assert main(["report", "no\x1b[2Jrun"]) == 2
+    err = capsys.readouterr().err
+    assert "no\\x1b[2Jrun" in err and "\x1b" not in err
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"nbformat": 4}'])
+def test_files_that_are_no_notebooks(tmp_path, capsys, content):
+    (tmp_path / "x.ipynb").write_bytes(content)
+    assert main(["run", str(tmp_path / "x.ipynb")]) == 2
+    err = capsys.readouterr().err
+    assert "x.ipynb" in err and "Traceback" not in err and err.count("\n") == 1, err
+
+
+def test_a_failing_notebook_is_named_without_a_traceback(tmp_path, capsys):
+    bad = write(tmp_path / "bad.ipynb", "raise ValueError('\\x1b[31mred')")
+    assert main(["run", str(bad), str(tmp_path / "out.ipynb")]) == 1
+    err = capsys.readouterr().err
+    assert "ValueError: \\x1b[31mred" in err and "Traceback" not in err

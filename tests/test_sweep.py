@@ -53,6 +53,14 @@ def checkout(tmp_path):
     return tmp_path
 
 
+def wait_for(condition, seconds=120):
+    """Until `condition()` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def sweep(checkout, text, name="grid"):
     (checkout / f"{name}.yaml").write_text(text)
     return load_sweep(checkout / f"{name}.yaml")
@@ -114,7 +122,7 @@ def test_notebooks_that_cannot_be_launched(tmp_path):
         ("experiment: tyo\ngrid: {seed: [0]}", "unknown experiment 'tyo'; did you mean 'toy'"),
         ("grid: {seed: [0]}", "needs 'experiment:'"),
         ("- a", "needs 'experiment:'"),
-        ("experiment: [toy", "not readable as YAML"),
+        ("experiment: [toy", "not readable as UTF-8 YAML"),
         ("experiment: toy\ngird: {seed: [0]}", "unknown section 'gird'; did you mean 'grid'"),
         ("experiment: toy\narms: [a, b]", "arms is a list"),
         ("experiment: toy\narms: {a: 3}", "arm 'a' is 3"),
@@ -259,3 +267,87 @@ def test_given_folders_are_seen_from_where_the_caller_is(checkout, monkeypatch):
     assert (checkout / "elsewhere/runs/mine").is_dir() and (
         checkout / "elsewhere/one.ipynb"
     ).is_file()
+
+
+HARD = """seed: int = 0  # of everything = random
+reward: str = "a=0.7,b=0.3"  # name=weight
+colour: str | None = "#ff0000"  # of the curve
+mode: Literal["fast", "exact"] = "fast"  # how
+limit: Optional[int] = None  # all
+out_dir: str = "runs/x"  # where results go"""
+
+
+def test_parameters_that_papermill_does_not_see_are_checked_and_arrive(checkout):
+    code = "from pathlib import Path; Path(out_dir).write_text(f'{reward} {colour} {mode} {limit}')"
+    hard = HARD.replace('"exact"]', '"exact"]')
+    notebook = write(checkout / "hard.ipynb", code, "from typing import *\n" + hard)
+    known = notebook_parameters(notebook)
+    assert list(known) == ["seed", "reward", "colour", "mode", "limit", "out_dir"]
+    assert known["colour"].default == "#ff0000" and known["seed"].help == "of everything = random"
+    for wrong in ({"mode": "slow"}, {"colour": 1}, {"limit": 1.5}):
+        with pytest.raises(TypeError, match="expected"):
+            check_parameters(notebook, wrong)
+    given = {"reward": "c=1", "colour": None, "limit": 3, "out_dir": str(checkout / "seen")}
+    run_notebook(notebook, checkout / "out.ipynb", given)
+    assert (checkout / "seen").read_text() == "c=1 None fast 3"
+
+
+@pytest.mark.parametrize("value", ["2026-01-31", "!!set {a, b}", "{x: 2026-01-31}", "{1: 2}"])
+def test_values_that_are_no_literals_are_refused_by_name(checkout, value):
+    name = "rewards" if value.startswith("{") else "seed"
+    with pytest.raises(TypeError, match=f"{name}.*(date|set|no text)"):
+        sweep(
+            checkout,
+            f"experiment: toy\ngrid: {{seed: [1]}}\nfixed: {{}}\narms: {{a: {{{name}: {value}}}}}".replace(
+                "grid: {seed: [1]}", "grid: {fast: [true]}"
+            ),
+        )
+
+
+def test_the_kernel_is_this_interpreter(checkout, monkeypatch):
+    """A foreign kernel registered as python3 is not started."""
+    spec = checkout / "share/jupyter/kernels/python3"
+    spec.mkdir(parents=True)
+    argv = ["/bin/false", "{connection_file}"]
+    kernel = {"argv": argv, "display_name": "foreign", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(checkout / "share/jupyter"))
+    notebook = checkout / "nbs/experiments/toy.ipynb"
+    write(notebook, "import pathlib, sys; pathlib.Path(out_dir).write_text(sys.executable)")
+    run_notebook(notebook, checkout / "one.ipynb", {"out_dir": str(checkout / "seen")})
+    assert (checkout / "seen").read_text() == sys.executable
+
+
+def test_ctrl_c_stops_workers_and_says_how_to_go_on(checkout):
+    (checkout / "grid.yaml").write_text("experiment: toy\ngrid: {lr: [600.0, 601.0]}")
+    words = ["-m", "chunk_grpo_nb.analysis.cli", "sweep", "grid.yaml", "--out", "out"]
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=checkout,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    grid = load_sweep(checkout / "grid.yaml")
+    wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"running"})
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "stopped with 0 of 2 trials done; the same command goes on" in err
+    wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"interrupted"}, 10)
+
+
+def test_workers_end_with_a_killed_parent(checkout):
+    (checkout / "grid.yaml").write_text("experiment: toy\ngrid: {lr: [600.0]}")
+    words = ["-m", "chunk_grpo_nb.analysis.cli", "sweep", "grid.yaml", "--out", "out"]
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=checkout,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    grid = load_sweep(checkout / "grid.yaml")
+    wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"running"})
+    process.kill()  # the parent alone
+    wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"interrupted"}, 10)

@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 import chunk_grpo_nb
 from chunk_grpo_nb.analysis.notebooks import (
@@ -23,6 +22,7 @@ from chunk_grpo_nb.analysis.notebooks import (
     printable,
     read_notebook,
 )
+from ..training.config import read_yaml
 
 # %% auto #0
 __all__ = ['Trial', 'Sweep', 'load_sweep', 'code_hashes', 'changed_code', 'open_results', 'trial_lock', 'trial_result',
@@ -81,10 +81,7 @@ def _read_sweep_file(path: Path) -> dict:
     if not path.is_file():
         there = [p.stem for p in path.parent.glob("*.yaml")]
         raise FileNotFoundError(f"no sweep file {path}{nearest(path.stem, there)}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not readable as YAML: {printable(e, 400)}") from e
+    data = read_yaml(path)
     if not isinstance(data, dict) or "experiment" not in data:
         raise ValueError(
             f"{path}: a sweep file needs 'experiment:' and at least one of 'arms:' and 'grid:'"
