@@ -27,8 +27,8 @@ from chunk_grpo_nb.objective import chunk_ratio
 from chunk_grpo_nb.prompts import Prompt
 from chunk_grpo_nb.training.assignment import assign_credit
 from chunk_grpo_nb.training.config import make_config
+from chunk_grpo_nb.training.gradient import accumulate_gradient
 from chunk_grpo_nb.training.rollout import draw_rollout
-from chunk_grpo_nb.training.trainer import accumulate_gradient
 
 FLUX = SHAPES["black-forest-labs/FLUX.1-dev"]
 NUM_STEPS = 17
@@ -226,8 +226,8 @@ def assign(size: Size, rollout):
 
 
 def update(policy, rollout, credit, members, **options):
-    new, facts = accumulate_gradient(policy, rollout, credit, members, (5e-5, 5e-5), **options)
-    return new, facts["trained"], facts["ratio"]
+    found = accumulate_gradient(policy, rollout, credit, members, (5e-5, 5e-5), **options)
+    return found.log_probs, found.evaluations_trained, found.evaluations_ratio
 
 
 def speed(report: dict, policy, size: Size, rows: int, full: bool, peak: float) -> dict:

@@ -1,6 +1,9 @@
-"""`train` under DeepSpeed, on gloo: `torch.distributed.run --nproc_per_node 2 deepspeed_train.py FOLDER NAME STAGE`.
+"""`train` under DeepSpeed, on gloo.
 
-accelerate turns DeepSpeed on a CPU into DDP without a word, so the kind of distribution is set by hand; everything after that is its own code, and DeepSpeed's.
+`torch.distributed.run --nproc_per_node 2 deepspeed_train.py FOLDER NAME STAGE`.
+
+accelerate turns DeepSpeed on a CPU into DDP without a word, so the kind of distribution is set by
+hand; everything after that is its own code, and DeepSpeed's.
 """
 
 import json
@@ -41,7 +44,7 @@ if __name__ == "__main__":
     from chunk_grpo_nb.training.trainer import train
 
     c = make_config(
-        base=config(folder, "float32"),
+        base=config(folder),
         lora_rank=2 * (name.startswith("lora")),
         mixed_precision="bf16" if "bf16" in name else "no",
         micro_batch=2,

@@ -1,4 +1,7 @@
-"""Run under `torch.distributed.run --nproc_per_node 2` on gloo: gradients of a transformer sharded by `fully_shard` against the unsharded ones."""
+"""Gradients of a transformer sharded by `fully_shard` against the unsharded ones.
+
+Run under `torch.distributed.run --nproc_per_node 2` on gloo.
+"""
 
 import faulthandler
 import json
@@ -14,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from chunk_grpo_nb.prompts import Prompt
 from chunk_grpo_nb.training.assignment import assign_credit
 from chunk_grpo_nb.training.config import make_config
+from chunk_grpo_nb.training.gradient import Differentiator, accumulate_gradient
 from chunk_grpo_nb.training.rollout import draw_rollout
-from chunk_grpo_nb.training.trainer import accumulate_gradient
 
 CLIP = (0.05, 0.05)
 PROMPTS = [Prompt("a red circle"), Prompt("two blue square")]
@@ -66,14 +69,22 @@ def shard(policy):
     fully_shard(transformer)
 
 
-def largest(passes: int) -> int:
-    count = torch.tensor(passes)
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    return int(count)
+class Sharded(Differentiator):
+    """What holds for weights in parts on all processes."""
+
+    equal_passes = True
+
+    def __init__(self):
+        self.loss_scale = float(dist.get_world_size())
+
+    def agree_on_passes(self, passes: int) -> int:
+        count = torch.tensor(passes)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return int(count)
 
 
 def compare(lora_rank: int, members: list[int], **options) -> float:
-    """Largest relative difference between the gradient of both processes together, sharded, and of one process alone."""
+    """Largest relative difference of the gradient, sharded over both processes, and of one alone."""
     rank = dist.get_rank()
     alone = policy_of(lora_rank)
     whole = rollout_of(alone)
@@ -98,20 +109,17 @@ def compare(lora_rank: int, members: list[int], **options) -> float:
         [i - mine.start for i in members if i in mine],
         CLIP,
         num_samples=len(members),
-        two_pass=True,
-        num_passes=largest,
-        scale=dist.get_world_size(),
+        differentiator=Sharded(),
         **options,
     )
     difference, size, compared = 0.0, 0.0, 0
-    for p, q in zip(alone.trainable_parameters(), sharded.trainable_parameters()):
+    pairs = zip(alone.trainable_parameters(), sharded.trainable_parameters(), strict=True)
+    for p, q in pairs:
         found = torch.zeros_like(p) if q.grad is None else q.grad.full_tensor()
         wanted = torch.zeros_like(p) if p.grad is None else p.grad
-        difference, size, compared = (
-            max(difference, (found - wanted).abs().max().item()),
-            max(size, wanted.abs().max().item()),
-            compared + 1,
-        )
+        difference = max(difference, (found - wanted).abs().max().item())
+        size = max(size, wanted.abs().max().item())
+        compared += 1
     assert size > 0 and compared
     return difference / size
 

@@ -1,6 +1,9 @@
-"""`train` with weights sharded by accelerate's FSDP2, on gloo: `torch.distributed.run --nproc_per_node 2 fsdp_train.py FOLDER NAME`.
+"""`train` with weights sharded by accelerate's FSDP2, on gloo.
 
-accelerate turns FSDP on a CPU into DDP without a word, so the kind of distribution is set by hand; everything after that is its own code.
+`torch.distributed.run --nproc_per_node 2 fsdp_train.py FOLDER NAME`.
+
+accelerate turns FSDP on a CPU into DDP without a word, so the kind of distribution is set by
+hand; everything after that is its own code.
 """
 
 import os
@@ -38,7 +41,7 @@ if __name__ == "__main__":
     from chunk_grpo_nb.training.trainer import train
 
     c = make_config(
-        base=config(folder, "float32"),
+        base=config(folder),
         lora_rank=2 * (name.startswith("lora")),
         micro_batch=2,
         updates_per_iteration=2,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import make_folder
 
 from chunk_grpo_nb.training.config import load_config
 
@@ -157,11 +158,9 @@ def test_sharded_gradients_equal_unsharded_ones(tmp_path):
 
 def both_trainings(script: str, mode: str, folder: Path, *words: str):
     """Train, resume and finish on one process and on two; the two runs."""
-    from chunk_grpo_nb.models.tiny import tiny_pipeline
     from chunk_grpo_nb.training.records import RunFolder
 
-    tiny_pipeline("flux").save_pretrained(folder / "pipe")
-    (folder / "prompts.txt").write_text("red circle\nblue square\ntwo circle\n")
+    make_folder(folder)
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

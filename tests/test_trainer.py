@@ -1,88 +1,48 @@
-"""The trainer on tiny random pipelines: options, resume, gradients, bad input."""
-
-import json
+"""The trainer on tiny random pipelines: settings, callbacks, faults, bad input."""
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import make_folder, mean_of_channel, tiny_config
 
-from chunk_grpo_nb.chunking import chunk_ids_from_sizes, chunk_mask
-from chunk_grpo_nb.models.tiny import tiny_pipeline
 from chunk_grpo_nb.prompts import PromptError
 from chunk_grpo_nb.rewards.registry import RewardError, register_reward
-from chunk_grpo_nb.training import trainer as trainer_module
-from chunk_grpo_nb.training.assignment import Credit, assign_credit
+from chunk_grpo_nb.training.callbacks import Callback, EachIteration
 from chunk_grpo_nb.training.config import make_config
-from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
-from chunk_grpo_nb.training.rollout import draw_rollout
-from chunk_grpo_nb.training.trainer import Trainer, accumulate_gradient, train
+from chunk_grpo_nb.training.records import list_checkpoints, load_checkpoint, read_rows
+from chunk_grpo_nb.training.state import Trainer
+from chunk_grpo_nb.training.trainer import train
 
 BROKEN = {"mode": "fine"}
 
 
-@register_reward("redness")
-def redness():
-    return lambda images, prompts, metadata: [
-        float(np.asarray(i)[..., 0].mean() / 255) for i in images
-    ]
-
-
-@register_reward("greenness")
-def greenness():
-    return lambda images, prompts, metadata: [
-        float(np.asarray(i)[..., 1].mean() / 255) for i in images
-    ]
-
-
 @register_reward("breakable")
 def breakable():
+    red = mean_of_channel(0)
+
     def score(images, prompts, metadata):
         if BROKEN["mode"] == "raise":
             raise RuntimeError("out of order")
         if BROKEN["mode"] == "short":
             return [0.0]
-        return [
-            float("nan")
-            if BROKEN["mode"] == "nan" and "blue" in p
-            else float(np.asarray(i)[..., 0].mean())
-            for i, p in zip(images, prompts)
-        ]
+        values = red(images, prompts, metadata)
+        if BROKEN["mode"] == "nan":
+            return [
+                float("nan") if "blue" in p else v for p, v in zip(prompts, values, strict=True)
+            ]
+        return values
 
     return score
 
 
 @pytest.fixture(scope="module")
 def pipes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipes")
-    for name in ("flux", "sd3"):
-        tiny_pipeline(name).save_pretrained(folder / name)
-    (folder / "prompts.txt").write_text("red circle\nblue square\ntwo circle\n")
-    return folder
+    return make_folder(tmp_path_factory.mktemp("pipes"), "flux", "sd3")
 
 
 @pytest.fixture
 def config(pipes):
-    return make_config(
-        model=str(pipes / "flux"),
-        train_prompts=str(pipes / "prompts.txt"),
-        validation_prompts=str(pipes / "prompts.txt"),
-        rewards={"redness": 1.0},
-        prompts_per_iteration=2,
-        group_size=4,
-        num_steps=6,
-        chunker="fixed:2,3",
-        fraction=1.0,
-        height=16,
-        width=16,
-        iterations=2,
-        learning_rate=1e-3,
-        validation_images=2,
-        validate_every=2,
-        checkpoint_every=1,
-        device="cpu",
-        clip_low=0.1,
-        clip_high=0.1,
-    )
+    return tiny_config(pipes)
 
 
 VARIANTS = {
@@ -128,15 +88,11 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.filterwarnings("ignore:replayed log-probs")
 def test_every_setting_trains(name, config, tmp_path):
-    run = train(make_config(VARIANTS[name], config), tmp_path / "run")
+    settings = make_config(VARIANTS[name], config)
+    run = train(settings, tmp_path / "run")
     rows = read_rows(run)
-    assert (
-        len(rows)
-        == 4
-        * config.optimisation.iterations
-        // 2
-        * make_config(VARIANTS[name], config).optimisation.inner_epochs
-    )
+    per_iteration = 2 * settings.optimisation.inner_epochs
+    assert len(rows) == per_iteration * settings.optimisation.iterations
     assert np.isfinite(rows["grad_norm"]).all() and (rows["grad_norm"] > 0).all()
     if name.startswith("kl"):
         assert rows["kl"].iloc[0] == 0 and rows["kl"].iloc[-1] > 0
@@ -152,120 +108,6 @@ def test_sd3_with_guidance_trains(config, pipes, tmp_path):
         tmp_path / "run",
     )
     assert read_rows(run, "replay")["log_prob_error"].item() < 1e-5
-
-
-def test_resume_gives_the_same_bits(config, tmp_path):
-    config = make_config(
-        base=config,
-        iterations=3,
-        ema_decay=0.9,
-        chunker="online:adaptive",
-        lr_schedule="linear",
-        selection="weighted",
-        fraction=0.5,
-    )
-    whole = train(config, tmp_path / "whole")
-    train(make_config(base=config, iterations=3, checkpoint_every=1), tmp_path / "cut")
-    cut = RunFolder.open(tmp_path / "cut")
-    list_checkpoints(cut)[-1].unlink()  # as if killed before the last checkpoint
-    with open(cut.path / "metrics.jsonl", "a") as f:
-        f.write('{"iteration": 3, "half a li')
-    resumed = train(config, cut.path, resume=True)
-    for name in ("metrics", "validation", "dynamics"):
-        assert (whole.path / f"{name}.jsonl").read_text() == (
-            resumed.path / f"{name}.jsonl"
-        ).read_text()
-    a, b = (load_checkpoint(list_checkpoints(r)[-1]) for r in (whole, resumed))
-    assert json.dumps(a, default=lambda t: t.tolist()) == json.dumps(
-        b, default=lambda t: t.tolist()
-    )
-
-
-def test_resume_from_any_checkpoint(config, tmp_path):
-    config = make_config(base=config, iterations=3)
-    whole = train(config, tmp_path / "run")
-    metrics, last = (
-        (whole.path / "metrics.jsonl").read_text(),
-        load_checkpoint(list_checkpoints(whole)[-1])["model"],
-    )
-    again = train(config, whole.path, resume=list_checkpoints(whole)[0])
-    assert (again.path / "metrics.jsonl").read_text() == metrics
-    assert all(
-        torch.equal(last[k], v)
-        for k, v in load_checkpoint(list_checkpoints(again)[-1])["model"].items()
-    )
-
-
-def test_resume_refuses_other_settings(config, tmp_path):
-    train(config, tmp_path / "run")
-    with pytest.raises(ValueError, match="learning_rate was 0.001, now 0.1"):
-        Trainer(make_config(base=config, learning_rate=0.1), tmp_path / "run", resume=True)
-    with pytest.raises(FileExistsError, match="holds a run already"):
-        train(config, tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match="is not a run folder"):
-        Trainer(config, tmp_path, resume=True)
-
-
-def moved_trainer(config, folder):
-    trainer = Trainer(config, folder)
-    with torch.no_grad():
-        rollout = draw_rollout(
-            trainer.policy,
-            trainer.prompts[:2],
-            trainer.sampler,
-            trainer.score,
-            iteration=0,
-            seed=0,
-            group_size=4,
-        )
-    credit = assign_credit(
-        config, rollout.rewards, rollout.curves, 0, torch.ones(config.sampling.num_steps - 1)
-    )
-    with torch.no_grad():
-        for p in trainer.parameters:
-            p.add_(
-                3e-2
-                * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
-            )
-    return trainer, rollout, credit
-
-
-def gradient(trainer, rollout, credit, **options):
-    trainer.optimizer.zero_grad()
-    accumulate_gradient(trainer.policy, rollout, credit, range(8), (0.2, 0.2), **options)
-    return torch.cat([p.grad.flatten() for p in trainer.parameters])
-
-
-@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-def test_streamed_gradient_equals_whole(config, tmp_path, kl_weight):
-    state = moved_trainer(make_config(base=config, kl_weight=kl_weight), tmp_path / "run")
-    whole = gradient(*state, kl_weight=kl_weight)
-    for micro_batch in (1, 3, 7):
-        streamed = gradient(*state, kl_weight=kl_weight, micro_batch=micro_batch)
-        assert (whole - streamed).norm() < 1e-4 * whole.norm()
-
-
-def test_streaming_trajectories_that_are_chunked_differently(config, tmp_path):
-    trainer, rollout, credit = moved_trainer(config, tmp_path / "run")
-    ids = chunk_ids_from_sizes(
-        [[2, 3], [1, 1, 3], [5], [2, 2, 1], [1, 1, 1, 1, 1], [2, 3], [3, 2], [1, 4]]
-    )
-    credit = Credit(credit.advantages[:, :1].expand(8, 5), ids, chunk_mask(ids), None, ids)
-    whole = gradient(trainer, rollout, credit)
-    for micro_batch in (1, 4):
-        assert (
-            whole - gradient(trainer, rollout, credit, micro_batch=micro_batch)
-        ).norm() < 1e-4 * whole.norm()
-    assert (gradient(trainer, rollout, credit, micro_batch=7) - whole).norm() < 1e-4 * whole.norm()
-
-
-def test_a_wrong_coefficient_would_show(config, tmp_path, monkeypatch):
-    state = moved_trainer(config, tmp_path / "run")
-    whole, right = gradient(*state), trainer_module.step_coefficients
-    monkeypatch.setattr(
-        trainer_module, "step_coefficients", lambda new, old, *rest: right(old, old, *rest)
-    )  # forgets the ratio
-    assert (whole - gradient(*state)).norm() > 1e-3 * whole.norm()
 
 
 def test_training_raises_the_reward_of_its_own_samples(config, tmp_path):
@@ -284,7 +126,160 @@ def test_training_raises_the_reward_of_its_own_samples(config, tmp_path):
     assert reward.iloc[-8:].mean() > reward.iloc[:8].mean() + 2 * reward.iloc[:8].std()
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- callbacks -------------------------------------------------------------------------------------
+class Moments(Callback):
+    """Notes every moment."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_setup(self, trainer):
+        self.seen.append("setup")
+
+    def on_start(self, trainer):
+        self.seen.append("start")
+
+    def on_rollout(self, trainer, rollout):
+        assert len(rollout.images) == 8
+        self.seen.append("rollout")
+
+    def on_update(self, trainer, update):
+        assert update.grad_norm > 0
+        self.seen.append(f"update {update.number}")
+
+    def on_iteration(self, trainer, iteration):
+        assert trainer.done == iteration + 1
+        self.seen.append(f"iteration {iteration}")
+
+    def on_end(self, trainer):
+        self.seen.append("end")
+
+
+def test_callbacks_hear_every_moment_in_order(config, tmp_path):
+    moments, runs = Moments(), []
+    each = EachIteration(lambda run, iteration: runs.append((run.path.name, iteration)))
+    train(config, tmp_path / "run", callbacks=[moments, each])
+    updates = ["rollout", "update 0", "update 1"]
+    first, second = [*updates, "iteration 0"], [*updates, "iteration 1"]
+    assert moments.seen == ["setup", "start", *first, *second, "end"]
+    assert runs == [("run", 0), ("run", 1)]
+
+
+def test_a_callback_in_five_lines(config, tmp_path, capsys):
+    class PrintReward(Callback):
+        def on_iteration(self, trainer, iteration):
+            reward = trainer.metrics["reward_redness"]
+            print(f"iteration {iteration}: redness {reward:.3f}")
+
+    train(config, tmp_path / "run", callbacks=[PrintReward()])
+    assert "iteration 1: redness 0." in capsys.readouterr().out
+
+
+class Counter(Callback):
+    """Remembers how many updates there were."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_update(self, trainer, update):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_what_a_callback_remembers_is_in_the_checkpoint(config, tmp_path):
+    train(config, tmp_path / "run", callbacks=[Counter()])
+    counter = Counter()
+    longer = make_config(base=config, iterations=3)
+    train(longer, tmp_path / "run", resume=True, callbacks=[counter])
+    assert counter.count == 6
+
+
+# -- faults ----------------------------------------------------------------------------------------
+class Break(Callback):
+    """Spoils a weight after the first iteration."""
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def on_iteration(self, trainer, iteration):
+        if iteration == 0:
+            return
+        weights = trainer.policy.trainable_parameters()[0]
+        weights.data.fill_(self.value)
+
+
+class SpoilGradient(Callback):
+    """Makes the gradient of a parameter infinite in the second iteration."""
+
+    def on_rollout(self, trainer, rollout):
+        if rollout.iteration == 1:
+            weights = trainer.policy.trainable_parameters()[0]
+            weights.register_hook(lambda gradient: gradient * float("inf"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(config, tmp_path):
+    with pytest.raises(FloatingPointError, match="iteration 1, update 0.*Lower learning_rate"):
+        train(config, tmp_path / "run", callbacks=[SpoilGradient()])
+    checkpoints = sorted((tmp_path / "run/checkpoints").glob("*.pt"))
+    assert [path.name for path in checkpoints] == ["iteration_000001.pt"]
+    weights = load_checkpoint(checkpoints[0])["model"].values()
+    assert all(torch.isfinite(value).all() for value in weights)
+
+
+@pytest.mark.filterwarnings("ignore:replayed log-probs")
+def test_weights_that_are_not_finite_stop_before_anything_is_saved(config, tmp_path, monkeypatch):
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **options):
+        original(self, *args, **options)
+        self.param_groups[0]["params"][-1].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    words = "iteration 0, update 0: weights are not finite.*there is no checkpoint"
+    with pytest.raises(FloatingPointError, match=words):
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
+    assert not (tmp_path / "run/policy").exists()
+
+
+@pytest.mark.parametrize(
+    "name, setting", [("draw_rollout", "rollout_batch"), ("accumulate_gradient", "micro_batch")]
+)
+def test_out_of_memory_says_which_setting_to_lower(config, tmp_path, monkeypatch, name, setting):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"chunk_grpo_nb.training.trainer.{name}", full)
+    with pytest.raises(MemoryError, match=f"lower {setting}"):
+        train(make_config(base=config, validate_every=0), tmp_path / "run")
+
+
+def test_an_update_of_which_every_reward_failed_is_left_out(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(BROKEN, "mode", "nan")
+    settings = {"reward_failure": "drop", "validate_every": 0, "iterations": 3}
+    dropped = make_config(base=config, rewards={"breakable": 1.0}, inner_epochs=2, **settings)
+    rows = read_rows(train(dropped, tmp_path / "run"))
+    assert {0, 4} >= set(rows["dropped_samples"]) and 4 in set(rows["dropped_samples"])
+    assert (rows.groupby("iteration").size() <= 4).all()
+    assert (rows[rows["dropped_samples"] == 4].groupby("iteration").size() == 2).all()
+
+
+def test_an_iteration_without_spread_changes_no_weight(pipes, tmp_path):
+    config = tiny_config(
+        pipes, rewards={"red_then_constant": 1.0}, validate_every=0, keep_checkpoints=2
+    )
+    run = train(config, tmp_path / "run")
+    first, second = (load_checkpoint(path)["model"] for path in list_checkpoints(run))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read_rows(run)["grad_norm"].tolist()[2:] == [0.0, 0.0]
+
+
+# -- bad input -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "mode, words", [("raise", "out of order"), ("short", "1"), ("nan", "blue square")]
 )

@@ -20,163 +20,220 @@ from chunk_grpo_nb.chunking import (
     make_chunker,
     select_chunks,
 )
-from .config import Config, make_config
 from ..objective import implied_step_weights, std_step_weights
+from ..sde import sde_step
+from .config import Config
 from .rollout import derive_generator
 
 # %% auto #0
-__all__ = ['Credit', 'assign_credit', 'update_batches', 'chunking_report']
+__all__ = ['Assignment', 'samples_with_rewards', 'compute_advantages', 'draw_chunks', 'transition_stds', 'assign_credit',
+           'update_batches', 'chunking_report']
 
-# %% ../../nbs/training/04_assignment.ipynb #cc4f2277
+# %% ../../nbs/training/04_assignment.ipynb #29cdd53d
 @dataclass(frozen=True)
-class Credit:
-    "What the optimiser needs to know about the n samples of an iteration, on all processes alike."
+class Assignment:
+    """Which transitions of n samples are trained, with what advantage; alike on all processes."""
 
     advantages: Tensor  # (n, K)
-    chunk_ids: (
-        Tensor  # (n, steps) of the likelihood ratio: the chunks, or arange for step-level ratios
-    )
-    mask: Tensor  # bool (n, K): chunks that are trained; False in every place for a sample that is left out
+    chunk_ids: Tensor  # (n, steps) which steps share a ratio; arange for step ratios
+    mask: Tensor  # bool (n, K): chunks that are trained; none for a sample that is left out
     weights: Tensor | None  # (n, K) weight of each step, for step-level ratios
-    drawn_ids: Tensor  # (n, steps) the chunks that were drawn from (equal to chunk_ids unless the ratio is per step)
+    drawn_ids: Tensor  # (n, steps) the chunks that were selected from
 
     @property
     def trained(self) -> Tensor:
-        "bool (n, steps): the transitions that are trained."
+        """bool (n, steps): the transitions that are trained."""
         return chunk_to_steps(self.mask, self.chunk_ids)
 
     @property
     def used(self) -> Tensor:
-        "bool (n,): the samples that count, those with anything to train."
+        """bool (n,): the samples that count, those with anything to train."""
         return self.mask.any(1)
 
-# %% ../../nbs/training/04_assignment.ipynb #e8abc2c5
-def _advantages(
-    config: Config, rewards: dict[str, Tensor], group_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    "Advantages (n,) or (n, K), 0 for the samples left out, and bool (n,) which samples stay."
-    keep = torch.stack([finite_groups(r, group_ids) for r in rewards.values()]).all(0)
-    if not keep.any():
+    def rows(self, chosen: slice | Tensor) -> Assignment:
+        """The assignment of some of the samples."""
+        return Assignment(
+            self.advantages[chosen],
+            self.chunk_ids[chosen],
+            self.mask[chosen],
+            None if self.weights is None else self.weights[chosen],
+            self.drawn_ids[chosen],
+        )
+
+# %% ../../nbs/training/04_assignment.ipynb #cf80a728
+def samples_with_rewards(rewards: dict[str, Tensor], group_ids: Tensor) -> Tensor:
+    """bool (n,): samples whose whole group has a finite value of every reward.
+
+    Raises ValueError where no group is left.
+    """
+    usable = torch.stack([finite_groups(r, group_ids) for r in rewards.values()]).all(0)
+    if not usable.any():
         raise ValueError(
             "every group of this iteration has a failed reward; nothing is left to train on"
         )
-    weights = config.objective.reward_weights
-    if config.objective.chunk_rewards:
-        weights = {
-            name: [chunk.get(name, 0.0) for chunk in config.objective.chunk_rewards]
-            for name in config.objective.rewards
-        }
-    kept = combined_advantages(
-        {k: r[keep] for k, r in rewards.items()},
-        group_ids[keep],
-        weights,
-        how=config.objective.reward_mix,
-        std=config.objective.advantage_std,
-        clip=config.objective.advantage_clip,
-    )
-    advantages = kept.new_zeros(len(keep), *kept.shape[1:])
-    advantages[keep] = kept
-    return advantages, keep
+    return usable
 
-# %% ../../nbs/training/04_assignment.ipynb #0b754633
-def _draw(config: Config, curves: Tensor, chunk_ids: Tensor, iteration: int) -> Tensor:
-    "bool (n, K): the chunks that are trained, drawn from a generator named by (seed, iteration)."
-    generator = derive_generator(config.run.seed, iteration, "select")
-    kind, _, named = config.objective.selection.partition(":")
-    weights = None
-    if kind in ("weighted", "anneal"):
-        share = (
-            0.0
-            if kind == "weighted"
-            else min(1.0, iteration / max(1, config.optimisation.iterations - 1))
-        )
-        weights = chunk_weights(curves, chunk_ids, uniform_share=share)
-    only = [int(i) for i in named.split(",")] if kind == "only" else None
+# %% ../../nbs/training/04_assignment.ipynb #b5cacdf3
+def _reward_weights(config: Config) -> dict:
+    """Name -> weight of each reward, or its weights per chunk."""
+    objective = config.objective
+    if not objective.chunk_rewards:
+        return objective.reward_weights
+    return {
+        name: [chunk.get(name, 0.0) for chunk in objective.chunk_rewards]
+        for name in objective.rewards
+    }
+
+# %% ../../nbs/training/04_assignment.ipynb #3a55c7b8
+def compute_advantages(
+    config: Config,
+    rewards: dict[str, Tensor],  # name -> (n,)
+    group_ids: Tensor,  # (n,)
+    usable: Tensor,  # bool (n,), see `samples_with_rewards`
+) -> Tensor:  # (n,) or (n, K); 0 where not usable
+    """Group-relative advantages of the usable samples."""
+    objective = config.objective
+    found = combined_advantages(
+        {name: r[usable] for name, r in rewards.items()},
+        group_ids[usable],
+        _reward_weights(config),
+        how=objective.reward_mix,
+        std=objective.advantage_std,
+        clip=objective.advantage_clip,
+    )
+    advantages = found.new_zeros(len(usable), *found.shape[1:])
+    advantages[usable] = found
+    return advantages
+
+# %% ../../nbs/training/04_assignment.ipynb #653b04d1
+def draw_chunks(config: Config, curves: Tensor, chunk_ids: Tensor, iteration: int) -> Tensor:
+    """bool (n, K): the chunks that are trained in this iteration, by `selection` and `fraction`."""
+    kind, _, numbers = config.objective.selection.partition(":")
+    weights, only = None, None
+    if kind == "weighted":
+        weights = chunk_weights(curves, chunk_ids, uniform_share=0.0)
+    elif kind == "anneal":
+        progress = iteration / max(1, config.optimisation.iterations - 1)
+        weights = chunk_weights(curves, chunk_ids, uniform_share=min(1.0, progress))
+    elif kind == "only":
+        only = [int(i) for i in numbers.split(",")]
     return select_chunks(
         weights,
         chunk_ids,
         config.objective.fraction,
-        generator,
-        batch_size=None if weights is not None else len(curves),
+        derive_generator(config.run.seed, iteration, "select"),
+        batch_size=len(curves) if weights is None else None,
         only=only,
     )
+
+# %% ../../nbs/training/04_assignment.ipynb #76fa71be
+def transition_stds(
+    sigmas: Tensor,  # (T + 1,) of the rollout
+    noise_level: float,
+    kind: str,  # of `sde_step`
+) -> Tensor:  # (T - 1,)
+    """Standard deviation of each trained transition."""
+    sigmas = sigmas.double().cpu()
+    zero = torch.zeros(len(sigmas) - 2, 1, dtype=torch.float64)
+    transition = sde_step(zero, zero, sigmas[:-2], sigmas[1:-1], noise_level, kind)
+    return transition.std.reshape(-1).float()
+
+# %% ../../nbs/training/04_assignment.ipynb #9e6db924
+def _step_weights(
+    config: Config,
+    curves: Tensor,
+    group_ids: Tensor,
+    std: Tensor,
+    chunk_ids: Tensor,
+    drawn: Tensor,
+) -> Tensor | None:
+    """(n, steps), or None for no weighting."""
+    weighting = config.objective.step_weighting
+    if weighting is None:
+        return None
+    if weighting == "std":
+        return std_step_weights(std).expand(len(curves), -1)
+    if weighting == "chunk":
+        weights = implied_step_weights(chunk_ids, drawn)
+        return weights.nan_to_num()  # samples left out have nothing to weigh
+    implied = implied_step_weights(make_chunker(weighting)(curves, group_ids))
+    return implied.expand(len(curves), -1)
 
 # %% ../../nbs/training/04_assignment.ipynb #f2c899a1
 def assign_credit(
     config: Config,
-    rewards: dict[
-        str, Tensor
-    ],  # name -> (n,) of all processes; NaN where a reward failed and was dropped
+    rewards: dict[str, Tensor],  # name -> (n,) of all processes; NaN where one was dropped
     curves: Tensor,  # (n, steps) dynamics
     iteration: int,
     std: Tensor,  # (steps,) of the transitions, for `ratio = "step:std"`
-    chunker: Callable
-    | None = None,  # default: a fresh one from the config; pass the same object to keep an online chunker's memory
-) -> Credit:
-    "Advantages, chunks and draw of one iteration: a pure function of its arguments (and of an online chunker's memory)."
+    chunker: Callable | None = None,  # None: a fresh one; an online chunker is passed to remember
+) -> Assignment:
+    """Advantages, chunks and selection of one iteration, the same on every process."""
     n, steps = curves.shape
     group_ids = torch.arange(n) // config.data.group_size
-    advantages, keep = _advantages(config, rewards, group_ids)
-    drawn_ids = (chunker or make_chunker(config.objective.chunker))(curves, group_ids)
-    drawn_ids = drawn_ids.expand(n, steps)
-    drawn = _draw(config, curves, drawn_ids, iteration) & keep[:, None]
-    if advantages.ndim == 2 and advantages.shape[1] != drawn.shape[1]:
-        raise ValueError(
-            f"chunk_rewards has {advantages.shape[1]} entries, but this iteration has up to {drawn.shape[1]} chunks"
-        )
-    per_chunk = advantages[:, None].expand(drawn.shape) if advantages.ndim == 1 else advantages
-    weights = _step_weights(config, curves, group_ids, std, drawn_ids, drawn)
+    usable = samples_with_rewards(rewards, group_ids)
+    advantages = compute_advantages(config, rewards, group_ids, usable)
+
+    chunker = chunker or make_chunker(config.objective.chunker)
+    chunk_ids = chunker(curves, group_ids).expand(n, steps)
+    drawn = draw_chunks(config, curves, chunk_ids, iteration) & usable[:, None]
+
+    advantages = _per_chunk(advantages, drawn)
+    weights = _step_weights(config, curves, group_ids, std, chunk_ids, drawn)
     if config.objective.ratio == "chunk":
-        return Credit(per_chunk, drawn_ids, drawn, weights, drawn_ids)
-    own = torch.arange(steps).expand(n, steps)
-    return Credit(
-        chunk_to_steps(per_chunk, drawn_ids),
-        own,
-        chunk_to_steps(drawn, drawn_ids),
+        return Assignment(advantages, chunk_ids, drawn, weights, chunk_ids)
+    return Assignment(
+        chunk_to_steps(advantages, chunk_ids),
+        torch.arange(steps).expand(n, steps),
+        chunk_to_steps(drawn, chunk_ids),
         weights,
-        drawn_ids,
+        chunk_ids,
     )
 
 
-def _step_weights(
-    config: Config, curves: Tensor, group_ids: Tensor, std: Tensor, drawn_ids: Tensor, drawn: Tensor
-) -> Tensor | None:
-    "(n, steps), or None for no weighting."
-    n, spec = len(curves), config.objective.step_weighting
-    if spec is None:
-        return None
-    if spec == "std":
-        return std_step_weights(std).expand(n, -1)
-    if spec == "chunk":
-        return implied_step_weights(
-            drawn_ids, drawn
-        ).nan_to_num()  # rows left out have nothing to weigh
-    return implied_step_weights(make_chunker(spec)(curves, group_ids)).expand(n, -1)
+def _per_chunk(advantages: Tensor, drawn: Tensor) -> Tensor:
+    """(n, K) advantages, from (n,) or (n, K); another number of chunks is refused."""
+    if advantages.ndim == 1:
+        return advantages[:, None].expand(drawn.shape)
+    if advantages.shape[1] != drawn.shape[1]:
+        raise ValueError(
+            f"chunk_rewards has {advantages.shape[1]} entries, "
+            f"but this iteration has up to {drawn.shape[1]} chunks"
+        )
+    return advantages
 
-# %% ../../nbs/training/04_assignment.ipynb #11226478
-def update_batches(config: Config, iteration: int, used: Tensor) -> list[list[int]]:
-    """Samples of each update of an iteration, in order: `updates_per_iteration` batches, `inner_epochs` times over.
-    Prompt slots are shuffled by a generator named by (seed, iteration); samples that are left out are not in any batch."""
-    n, size = len(used), config.data.group_size
+# %% ../../nbs/training/04_assignment.ipynb #e719e28f
+def update_batches(
+    config: Config,
+    iteration: int,
+    used: Tensor,  # bool (n,)
+) -> list[list[int]]:
+    """Numbers of the samples of each update of an iteration, in order; none is empty."""
+    optimisation, size = config.optimisation, config.data.group_size
+    length = len(used) // optimisation.updates_per_iteration
     batches = []
-    for epoch in range(config.optimisation.inner_epochs):
-        slots = torch.randperm(
-            n // size, generator=derive_generator(config.run.seed, iteration, epoch, "batches")
-        ).tolist()
-        order = [s * size + g for s in slots for g in range(size)]
-        length = n // config.optimisation.updates_per_iteration
-        batches += [[i for i in order[k : k + length] if used[i]] for k in range(0, n, length)]
-    return batches
+    for epoch in range(optimisation.inner_epochs):
+        generator = derive_generator(config.run.seed, iteration, epoch, "batches")
+        slots = torch.randperm(len(used) // size, generator=generator).tolist()
+        order = [slot * size + image for slot in slots for image in range(size)]
+        for start in range(0, len(used), length):
+            batch = [i for i in order[start : start + length] if used[i]]
+            batches.append(batch)
+    return [batch for batch in batches if batch]
 
-# %% ../../nbs/training/04_assignment.ipynb #841f9c43
-def chunking_report(drawn_ids: Tensor, group_size: int) -> dict:
-    "Number of chunks (mean), the most frequent sizes and their share, and the share of groups whose members are chunked differently."
-    rows = [tuple(s) for s in chunk_sizes_from_ids(drawn_ids)]
-    top = max(set(rows), key=lambda r: (rows.count(r), r))
-    groups = [set(rows[i : i + group_size]) for i in range(0, len(rows), group_size)]
+# %% ../../nbs/training/04_assignment.ipynb #002f2bd3
+def chunking_report(chunk_ids: Tensor, group_size: int) -> dict:
+    """What an iteration's chunks look like, for the records.
+
+    `chunks`: their mean number; `chunk_sizes`: the most frequent sizes, `chunk_sizes_share` their
+    share; `mixed_groups`: the share of groups whose samples are chunked differently.
+    """
+    sizes = [tuple(s) for s in chunk_sizes_from_ids(chunk_ids)]
+    most_frequent = max(set(sizes), key=lambda s: (sizes.count(s), s))
+    groups = [set(sizes[i : i + group_size]) for i in range(0, len(sizes), group_size)]
     return {
-        "chunks": float(chunk_mask(drawn_ids).sum(1).double().mean()),
-        "chunk_sizes": list(top),
-        "chunk_sizes_share": rows.count(top) / len(rows),
-        "mixed_groups": sum(len(g) > 1 for g in groups) / len(groups),
+        "chunks": float(chunk_mask(chunk_ids).sum(1).double().mean()),
+        "chunk_sizes": list(most_frequent),
+        "chunk_sizes_share": sizes.count(most_frequent) / len(sizes),
+        "mixed_groups": sum(len(group) > 1 for group in groups) / len(groups),
     }

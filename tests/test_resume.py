@@ -1,0 +1,274 @@
+"""A run that was cut off and resumed is the run that was not, wherever it was cut."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import make_folder, tiny_config
+
+from chunk_grpo_nb.models.policy import load_policy
+from chunk_grpo_nb.training.callbacks import Callback
+from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
+from chunk_grpo_nb.training.state import Trainer
+from chunk_grpo_nb.training.trainer import Interrupted, train
+
+RECORDS = ("metrics", "validation", "dynamics")
+KINDS = {
+    "adamw": {},
+    "sgd": {"optimizer": "sgd"},
+    "moving average": {"ema_decay": 0.9},
+    "lora": {"lora_rank": 2},
+    "online chunker": {"chunker": "online:adaptive", "selection": "weighted", "fraction": 0.5},
+}
+
+
+class Dies(Exception):
+    """The power went out."""
+
+
+class DieAt(Callback):
+    """Stops without a word at a moment of an iteration."""
+
+    def __init__(self, moment: str, iteration: int):
+        self.iteration = iteration
+        setattr(self, moment, self.die)
+
+    def die(self, trainer, value=None):
+        if trainer.done >= self.iteration:
+            raise Dies
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("resume"))
+
+
+def cut(config, path: Path, moment: str, iteration: int) -> None:
+    """A run that dies."""
+    with pytest.raises(Dies):
+        train(config, path, callbacks=[DieAt(moment, iteration)])
+
+
+def text(run: RunFolder, name: str) -> str:
+    return (run.path / f"{name}.jsonl").read_text()
+
+
+def final_state(run: RunFolder) -> str:
+    """The last checkpoint, as text."""
+    state = load_checkpoint(list_checkpoints(run)[-1])
+    return json.dumps(state, default=lambda tensor: tensor.tolist())
+
+
+def assert_same_run(one: RunFolder, two: RunFolder) -> None:
+    """Rows and final state to the last bit; timings once per iteration."""
+    for name in RECORDS:
+        assert text(one, name) == text(two, name), name
+    assert final_state(one) == final_state(two)
+    iterations = range(one.config.optimisation.iterations)
+    assert read_rows(two, "timings")["iteration"].tolist() == list(iterations)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_is_uninterrupted(folder, tmp_path, kind):
+    config = tiny_config(folder, iterations=3, lr_schedule="linear", **KINDS[kind])
+    whole = train(config, tmp_path / "whole")
+    cut(config, tmp_path / "cut", "on_update", 2)
+    assert_same_run(whole, train(config, tmp_path / "cut", resume=True))
+
+
+@pytest.mark.parametrize("moment", ["on_start", "on_rollout", "on_update", "on_iteration"])
+def test_killed_before_the_first_checkpoint(folder, tmp_path, moment):
+    """The first validation row is there once."""
+    config = tiny_config(folder, iterations=1)
+    whole = train(config, tmp_path / "whole")
+    cut(config, tmp_path / "cut", moment, 0)
+    assert_same_run(whole, train(config, tmp_path / "cut", resume=True))
+
+
+def test_a_parameter_without_gradient_changes_nothing(folder, tmp_path, monkeypatch):
+    """As in the last block of Qwen-Image, whose text output is dropped."""
+    original = load_policy
+
+    def with_idle_parameter(*args, **options):
+        policy = original(*args, **options)
+        policy.transformer.register_parameter("idle", torch.nn.Parameter(torch.ones(3)))
+        return policy
+
+    monkeypatch.setattr("chunk_grpo_nb.training.state.load_policy", with_idle_parameter)
+    config = tiny_config(folder, weight_decay=0.1)
+    whole = train(config, tmp_path / "whole")
+    cut(config, tmp_path / "cut", "on_update", 1)
+    assert_same_run(whole, train(config, tmp_path / "cut", resume=True))
+
+
+def test_from_an_older_checkpoint_and_cut_again(folder, tmp_path):
+    """The newer one, of the abandoned continuation, is not taken afterwards."""
+    config = tiny_config(folder, iterations=3, keep_checkpoints=3)
+    whole = train(config, tmp_path / "whole")
+    run = train(config, tmp_path / "again")
+    first = list_checkpoints(run)[0]
+    with pytest.raises(Dies):
+        train(config, run.path, resume=first, callbacks=[DieAt("on_rollout", 1)])
+    assert list_checkpoints(run) == [first]
+    assert_same_run(whole, train(config, run.path, resume=True))
+
+
+def test_half_a_row_is_dropped(folder, tmp_path):
+    config = tiny_config(folder)
+    whole = train(config, tmp_path / "whole")
+    cut(config, tmp_path / "cut", "on_update", 1)
+    with open(tmp_path / "cut/metrics.jsonl", "a") as file:
+        file.write('{"iteration": 1, "half a li')
+    assert_same_run(whole, train(config, tmp_path / "cut", resume=True))
+
+
+def test_other_settings_are_refused(folder, tmp_path):
+    config = tiny_config(folder)
+    train(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="learning_rate was 0.001, now 0.1"):
+        train(tiny_config(folder, learning_rate=0.1), tmp_path / "run", resume=True)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(config, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        train(config, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("setting", [{"lr_schedule": "cosine"}, {"selection": "anneal"}])
+def test_more_iterations_under_a_schedule_are_refused(folder, tmp_path, setting):
+    train(tiny_config(folder, **setting), tmp_path / "run")
+    with pytest.raises(ValueError, match="iterations was 2, now 3"):
+        train(tiny_config(folder, iterations=3, **setting), tmp_path / "run", resume=True)
+
+
+def test_more_iterations_are_written_to_the_config(folder, tmp_path):
+    train(tiny_config(folder), tmp_path / "run")
+    longer = tiny_config(folder, iterations=3)
+    run = train(longer, tmp_path / "run", resume=True)
+    assert run.config == longer
+    assert read_rows(run, "timings")["iteration"].tolist() == [0, 1, 2]
+
+
+def test_other_prompts_in_the_same_file_are_refused(tmp_path):
+    folder = make_folder(tmp_path)
+    config = tiny_config(folder)
+    train(config, tmp_path / "run")
+    (folder / "prompts.txt").write_text("green square\nblue square\ntwo circle\n")
+    with pytest.raises(ValueError, match="train_prompts had hash"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_two_processes_cannot_write_to_one_run(folder, tmp_path):
+    config = tiny_config(folder)
+    trainer = Trainer(config, tmp_path / "run")
+    with pytest.raises(BlockingIOError, match="another process"):
+        train(config, tmp_path / "run", resume=True)
+    trainer.close()
+    train(config, tmp_path / "run", resume=True)
+
+
+# -- signals ---------------------------------------------------------------------------------------
+class Raise(Callback):
+    """Sends this process a signal in the middle of an iteration."""
+
+    def __init__(self, number: int, times: int = 1):
+        self.number, self.times = number, times
+
+    def on_rollout(self, trainer, rollout):
+        if trainer.done == 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_iteration_and_saves(folder, tmp_path, number):
+    config = tiny_config(folder, iterations=3, checkpoint_every=0)
+    whole = train(config, tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="saved up to 2 iterations.*resume") as caught:
+        train(config, tmp_path / "run", callbacks=[Raise(number)])
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+    assert_same_run(whole, train(config, tmp_path / "run", resume=True))
+
+
+def test_a_second_signal_stops_at_once(folder, tmp_path):
+    config = tiny_config(folder, iterations=3)
+    with pytest.raises(Interrupted, match="saved up to 1 iterations"):
+        train(config, tmp_path / "run", callbacks=[Raise(signal.SIGINT, times=2)])
+    whole = train(config, tmp_path / "whole")
+    assert_same_run(whole, train(config, tmp_path / "run", resume=True))
+
+
+# -- kill -9 ---------------------------------------------------------------------------------------
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tiny_runs import tiny_config
+from test_resume import KINDS
+from chunk_grpo_nb.training.trainer import train
+folder, out, kind, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1"
+train(tiny_config(folder, iterations=4, **KINDS[kind]), out, resume=resume)
+"""
+
+
+def start(folder: Path, out: Path, kind: str) -> subprocess.Popen:
+    """Train, or go on, in another process."""
+    resume = (out / "config.yaml").exists() and (out / "manifest.json").exists()
+    words = [sys.executable, "-c", SCRIPT, str(folder), str(out), kind, str(int(resume))]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def rows_so_far(out: Path) -> int:
+    """Of all tables: a clock that ticks while the run writes."""
+    return sum(path.read_text().count("\n") for path in out.glob("*.jsonl"))
+
+
+def kill_when(process: subprocess.Popen, out: Path, rows: int, delay: float) -> bool:
+    """Kill -9 a moment after so many rows more are there; whether it was still running."""
+    goal = rows_so_far(out) + rows
+    while process.poll() is None and rows_so_far(out) < goal:
+        time.sleep(0.01)
+    time.sleep(delay)
+    alive = process.poll() is None
+    process.kill()
+    process.communicate()
+    return alive
+
+
+def killed_run(folder: Path, out: Path, kind: str, kills: int, seed: int) -> int:
+    """A run that is killed at random moments, then left to finish; how often it was killed."""
+    moments, hit = random.Random(seed), 0
+    for _ in range(kills):
+        rows, delay = moments.randint(0, 4), moments.random() * 0.2
+        hit += kill_when(start(folder, out, kind), out, rows, delay)
+    last = start(folder, out, kind)
+    _, errors = last.communicate(timeout=600)
+    assert last.returncode == 0, errors[-3000:]
+    return hit
+
+
+def check_kills(folder: Path, tmp_path: Path, kind: str, kills: int, seed: int) -> None:
+    whole = train(tiny_config(folder, iterations=4, **KINDS[kind]), tmp_path / "whole")
+    assert killed_run(folder, tmp_path / "killed", kind, kills, seed)
+    assert_same_run(whole, RunFolder.open(tmp_path / "killed"))
+
+
+def test_kill_minus_nine(folder, tmp_path):
+    check_kills(folder, tmp_path, "moving average", kills=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_minus_nine_at_many_moments(folder, tmp_path, kind):
+    check_kills(folder, tmp_path, kind, kills=5, seed=1)
