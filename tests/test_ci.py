@@ -276,6 +276,17 @@ def set_output(kind="stream", **fields):
             "error output ValueError",
         ),
         ("nbs", set_output(name="stderr", text="warning"), "stderr"),
+        ("nbs", set_output(text="Loading:  50%|#####     | 1/2"), "a progress bar"),
+        (
+            "nbs",
+            set_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}}),
+            "dead without its kernel",
+        ),
+        (
+            "nbs",
+            lambda nb: nb.cells[0].update(source="[x](gone.ipynb) [y](https://a.b)"),
+            "dead link 'gone.ipynb'",
+        ),
         ("nbs", set_output(text="/home/me/x"), "machine path '/home/'"),
         ("nbs", set_output(text="x" * 500_000), "at most 400"),
         ("nbs", lambda nb: nb.cells[0].update(source="see /Users/me"), "machine path"),
@@ -283,7 +294,7 @@ def set_output(kind="stream", **fields):
         ("nbs", lambda nb: nb.cells[1].metadata.update(collapsed=True), "stray metadata"),
         ("nbs", lambda nb: nb.metadata.update(widgets={}), "stray notebook metadata"),
         ("nbs", lambda nb: nb.cells[2].update(execution_count=3), "execution count"),
-        ("nbs", lambda nb: nb.cells[2].update(source="x = 1\n" * 200), "split it"),
+        ("nbs", lambda nb: nb.cells[2].update(source="x = 1\n" * 60), "split it"),
         (
             "experiments",
             lambda nb: nb.cells[1].update(metadata={}),
