@@ -477,3 +477,14 @@ def test_odd_specs_are_refused_in_words(spec):
 def test_empty_curves_are_refused():
     with pytest.raises(ValueError, match="curve"):
         adaptive_chunks(torch.zeros(0))
+
+
+def test_chunking_hands_on_the_names_of_the_modules_below():
+    from chunk_grpo_nb import boundaries, chunking, chunks, online, selection
+
+    assert chunking.chunk_ids_from_sizes is chunks.chunk_ids_from_sizes
+    assert chunking.chunk_weights is selection.chunk_weights
+    assert chunking.select_chunks is selection.select_chunks
+    for module in (boundaries, chunks, online, selection):
+        handed_on = set(module.__all__) - {"check_chunk_ids", "check_curve", "describe_value"}
+        assert handed_on <= set(chunking.__all__)

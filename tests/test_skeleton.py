@@ -15,7 +15,19 @@ import chunk_grpo_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "chunk_grpo_nb"
-MATHS = ("schedules", "sde", "dynamics", "chunking", "advantages", "objective", "trust_regions")
+MATHS = (
+    "schedules",
+    "sde",
+    "dynamics",
+    "chunks",
+    "boundaries",
+    "online",
+    "selection",
+    "chunking",
+    "advantages",
+    "objective",
+    "trust_regions",
+)
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "torchvision", "datasets")
 ROOMS = (
     "",

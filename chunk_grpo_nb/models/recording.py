@@ -138,9 +138,9 @@ def check_finite(
         place = int(bad.any(0).nonzero()[0])
         row = int(bad[:, place].nonzero()[0])
         raise FloatingPointError(
-            f"sample {row + first_row} ({prompts[row][:60]!r}): {what.format(place)} are not finite. The "
-            "weights are damaged or have diverged, or the dtype is too narrow: load other weights, "
-            "or use float32 or bfloat16"
+            f"sample {row + first_row} ({prompts[row][:60]!r}): {what.format(place)} are not "
+            "finite. The weights are damaged or have diverged, or the dtype is too narrow: load "
+            "other weights, or use float32 or bfloat16"
         )
 
 
