@@ -11,14 +11,13 @@ import yaml
 
 from chunk_grpo_nb.paths import shapes_path
 from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
+from chunk_grpo_nb.shapes.preference import annotate, preference_scores, train_preference
 from chunk_grpo_nb.shapes.proxies import (
     build_clip,
     contrastive_loss,
-    pair_margins,
-    preference_pairs,
+    near_miss,
     save_scorer,
     train_clip,
-    train_preference,
 )
 from chunk_grpo_nb.shapes.report import clip_report, round_trip, verifier_agreement
 from chunk_grpo_nb.shapes.rewards import load_scorer, shapes_settings, wanted_conditions
@@ -27,6 +26,8 @@ from chunk_grpo_nb.shapes.scenes import (
     KINDS,
     TEXT_LENGTH,
     parse_caption,
+    render,
+    sample_scene,
     split_of,
     split_prompts,
 )
@@ -175,7 +176,11 @@ def test_published_pipeline_is_plain_diffusers(tmp_path):
     )["height"] == 32
     assert all(
         torch.equal(a, b)
-        for a, b in zip(token_ids(loaded, ["a red circle"]), token_ids(pipeline, ["a red circle"]))
+        for a, b in zip(
+            token_ids(loaded, ["a red circle"]),
+            token_ids(pipeline, ["a red circle"]),
+            strict=True,
+        )
     )
 
 
@@ -192,20 +197,17 @@ def test_scorers_train_save_and_score(tmp_path):
     save_scorer(model, tokenizer, tmp_path / "clip")
     report = clip_report(model, tokenizer, per_kind=3, choices=4)
     assert set(report["retrieval among 5"]) == {*KINDS, "overall"}
-    pairs = preference_pairs(32, seed=1)
-    assert set(pairs.types) == {0, 1} and pairs.better.shape == pairs.worse.shape == (32, 32, 32, 3)
-    train_preference(model, tokenizer, pairs, steps=3, batch=16)
+    pictures, captions = scene_data(32, seed=1)
+    groups = pictures.reshape(8, 4, 32, 32, 3)
+    choices = annotate(captions[::4], groups, np.arange(32.0).reshape(8, 4))
+    train_preference(model, tokenizer, choices, steps=3, batch=4)
     save_scorer(model, tokenizer, tmp_path / "pick")
-    scores = make_reward("shapes_pick", folder=str(tmp_path))(
-        list(pairs.better), pairs.captions, [{}] * 32
+    pick, clip = (
+        make_reward(name, folder=str(tmp_path))(list(pictures), captions, [{}] * 32)
+        for name in ("shapes_pick", "shapes_clip")
     )
-    assert torch.isfinite(scores).all() and len(pair_margins(model, tokenizer, pairs)) == 32
-    assert not torch.equal(
-        scores,
-        make_reward("shapes_clip", folder=str(tmp_path))(
-            list(pairs.better), pairs.captions, [{}] * 32
-        ),
-    )
+    assert torch.isfinite(pick).all() and not torch.equal(pick, clip)
+    assert preference_scores(model, tokenizer, captions[::4], groups).shape == (8, 4)
 
 
 def test_a_missing_scorer_is_named(tmp_path):
@@ -243,9 +245,13 @@ def test_the_shipped_model_draws_its_captions():
 
 
 def test_the_shipped_scorers_prefer_the_right_picture():
-    pairs = preference_pairs(120, seed=2, split="test")
-    for name in ("clip", "pick"):
-        assert (pair_margins(*load_scorer(name), pairs) > 0).float().mean() >= 0.7
+    scenes, requests, captions = captioned_scenes(120, 2, split="test")
+    rng = np.random.default_rng(2)
+    wrong = render([sample_scene(near_miss(request, rng), rng) for request in requests])
+    pictures = np.stack([render(scenes), wrong], 1)
+    for name, share in (("clip", 0.7), ("pick", 0.6)):
+        scores = preference_scores(*load_scorer(name), captions, pictures)
+        assert (scores[:, 0] > scores[:, 1]).mean() >= share
 
 
 @pytest.mark.slow

@@ -81,7 +81,19 @@ def reward_function(
 
 # %% ../../nbs/rewards/01_registry.ipynb #e3d3004b
 _NAMES_BY_MODULE = {
-    "shapes.rewards": ("shapes_dense", "shapes_strict", "shapes_clip", "shapes_pick"),
+    "shapes.rewards": (
+        "shapes_dense",
+        "shapes_strict",
+        "shapes_utility",
+        "shapes_early",
+        "shapes_late",
+        "shapes_hue",
+        "shapes_size",
+        "shapes_vivid",
+        "shapes_crisp",
+        "shapes_clip",
+        "shapes_pick",
+    ),
     "rewards.clip_family": ("clip_score", "pickscore", "hpsv2", "aesthetic"),
     "rewards.compression": ("jpeg_compressibility", "jpeg_incompressibility"),
     "rewards.vlm": ("hpsv3", "imagereward"),
