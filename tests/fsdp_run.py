@@ -84,7 +84,7 @@ class Sharded(Differentiator):
 
 
 def compare(lora_rank: int, members: list[int], **options) -> float:
-    """Largest relative difference of the gradient, sharded over both processes, and of one alone."""
+    """Largest relative difference of the gradient over both processes to that of one alone."""
     rank = dist.get_rank()
     alone = policy_of(lora_rank)
     whole = rollout_of(alone)

@@ -1,17 +1,21 @@
 """The console command: every command once on a tiny model, and every refusal in one line."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 from test_sweep import write
 
 from chunk_grpo_nb.analysis.cli import main, make_parser
 from chunk_grpo_nb.models.tiny import tiny_pipeline
+from chunk_grpo_nb.rewards.registry import RewardError
 
 REWARD = "test_cli:redness"
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,3 +254,48 @@ def test_a_failing_notebook_is_named_without_a_traceback(tmp_path, capsys):
     assert main(["run", str(bad), str(tmp_path / "out.ipynb")]) == 1
     err = capsys.readouterr().err
     assert "ValueError: \\x1b[31mred" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (FloatingPointError("iteration 3, update 0: not finite"), "iteration 3, update 0"),
+        (MemoryError("out of memory: lower micro_batch"), "lower micro_batch"),
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "draw fewer images"),
+        (RewardError("reward 'redness' on 'red circle': no"), "red circle"),
+    ],
+)
+def test_runs_that_stop_say_so_in_a_line(home, capsys, monkeypatch, error, message):
+    def stop(*words, **options):
+        raise error
+
+    monkeypatch.setattr("chunk_grpo_nb.training.trainer.train", stop)
+    assert main(["train", "--out", str(home / "stopped")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1, err
+
+
+def test_a_bug_keeps_its_traceback(home, monkeypatch):
+    monkeypatch.setattr("chunk_grpo_nb.training.trainer.train", lambda *words, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--out", str(home / "stopped")])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(home, capsys, monkeypatch, number):
+    def send(self, trainer, iteration):
+        os.kill(os.getpid(), number)
+
+    out = home / f"signal_{number}"
+    words = ["train", "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr("chunk_grpo_nb.training.callbacks.Progress.on_iteration", send)
+        code = main([*words, "--config", str(home / "my.yaml"), "-p", "iterations", "3"])
+    assert code == 128 + number
+    err = capsys.readouterr().err
+    assert "saved up to 1 iterations" in err and "Traceback" not in err
+    assert f"chunk-grpo train --resume --out {out}" in err
+    assert main([*words, "--resume"]) == 0, "the run knows its settings"
+    assert main([*words, "--resume-from", str(out / "checkpoints/none.pt")]) == 2
+    assert "none.pt is not among the finished checkpoints" in capsys.readouterr().err

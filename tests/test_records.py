@@ -186,13 +186,34 @@ def test_a_full_disk_leaves_the_checkpoints_before(run, monkeypatch):
 def test_one_process_writes(run):
     code = (
         "import sys; from chunk_grpo_nb.training.records import *\n"
-        "lock_run(RunFolder.open(sys.argv[1]))\n"
+        "with lock_run(RunFolder.open(sys.argv[1])):\n    pass\n"
     )
     command = [sys.executable, "-c", code, str(run.path)]
     with lock_run(run):
         second = subprocess.run(command, capture_output=True, text=True)
         assert "is being written by another process" in second.stderr
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_lock_that_was_left_is_free(run):
+    lock = lock_run(run)
+    with lock:
+        pass
+    with lock_run(run):
+        pass
+
+
+def test_checkpoints_of_an_older_version_are_refused_and_stay(run):
+    path = save_checkpoint(run, 1, {"done": 1})
+    path.with_name("index.json").unlink()
+    with pytest.raises(ValueError, match="iteration_000001.pt but no index.json"):
+        newest_checkpoint(run)
+    assert path.is_file()
+
+
+def test_a_first_checkpoint_that_was_cut_off_is_none(run):
+    (run.path / "checkpoints/iteration_000001.pt").write_bytes(b"half")
+    assert newest_checkpoint(run) is None
 
 
 def test_changed_inputs_are_refused_with_both_hashes(run, tmp_path):

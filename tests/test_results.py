@@ -1,4 +1,4 @@
-"""From results folders to verdicts: what is collected, what is refused, and what the intervals mean."""
+"""From results folders to verdicts: what is collected and refused, what the intervals mean."""
 
 import json
 
@@ -319,7 +319,7 @@ def test_smallest_effect_at_its_edges():
 
 @pytest.mark.slow
 def test_from_a_grid_to_verdicts(tmp_path):
-    """A grid small enough to run here, through the arm notebook, the runner and the comparison notebook."""
+    """A small grid through the arm notebook, the runner and the comparison notebook."""
     from pathlib import Path
 
     from chunk_grpo_nb.analysis.notebooks import run_notebook
@@ -331,8 +331,12 @@ def test_from_a_grid_to_verdicts(tmp_path):
     (tmp_path / "nbs" / "experiments").symlink_to(experiments)
     (tmp_path / "small.yaml").write_text(
         "experiment: 02_arm\n"
-        "fixed: {iterations: 2, prompts_per_iteration: 2, group_size: 4, num_steps: 9, micro_batch: 8, validation_images: 6, evaluation_prompts: 12, evaluation_images: 1, evaluation_steps: 6}\n"
-        "arms: {step-flow: {chunker: step}, chunks-adaptive: {chunker: adaptive, selection: weighted}}\n"
+        "fixed: {iterations: 2, prompts_per_iteration: 2, group_size: 4, num_steps: 9, "
+        "micro_batch: 8, validation_images: 6, evaluation_prompts: 12, evaluation_images: 1, "
+        "evaluation_steps: 6}\n"
+        "arms:\n"
+        "  step-flow: {chunker: step}\n"
+        "  chunks-adaptive: {chunker: adaptive, selection: weighted}\n"
         "grid: {seed: [0, 1]}\n"
     )
     status = run_sweep(

@@ -173,6 +173,18 @@ def test_two_processes_cannot_write_to_one_run(folder, tmp_path):
     train(config, tmp_path / "run", resume=True)
 
 
+def test_a_run_of_an_older_version_is_refused_and_stays(folder, tmp_path):
+    """Its checkpoints have no index; starting over would throw them away."""
+    config = tiny_config(folder)
+    run = train(config, tmp_path / "run")
+    (run.path / "checkpoints/index.json").unlink()
+    before = {p: p.stat().st_size for p in run.path.rglob("*") if p.is_file()}
+    for _ in range(2):  # the first refusal lets go of the folder
+        with pytest.raises(ValueError, match="no index.json"):
+            train(config, run.path, resume=True)
+    assert before == {p: p.stat().st_size for p in run.path.rglob("*") if p.is_file()}
+
+
 # -- signals ---------------------------------------------------------------------------------------
 class Raise(Callback):
     """Sends this process a signal in the middle of an iteration."""

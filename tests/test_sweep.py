@@ -298,9 +298,8 @@ def test_values_that_are_no_literals_are_refused_by_name(checkout, value):
     with pytest.raises(TypeError, match=f"{name}.*(date|set|no text)"):
         sweep(
             checkout,
-            f"experiment: toy\ngrid: {{seed: [1]}}\nfixed: {{}}\narms: {{a: {{{name}: {value}}}}}".replace(
-                "grid: {seed: [1]}", "grid: {fast: [true]}"
-            ),
+            "experiment: toy\ngrid: {fast: [true]}\nfixed: {}\n"
+            f"arms: {{a: {{{name}: {value}}}}}",
         )
 
 

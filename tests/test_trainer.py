@@ -1,5 +1,7 @@
 """The trainer on tiny random pipelines: settings, callbacks, faults, bad input."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,16 @@ from chunk_grpo_nb.training.state import Trainer
 from chunk_grpo_nb.training.trainer import train
 
 BROKEN = {"mode": "fine"}
+
+
+DEVICES = []
+
+
+@register_reward("constant")
+def constant(device=None):
+    """The same for all images; notes where it is asked to work."""
+    DEVICES.append(device)
+    return lambda images, prompts, metadata: [0.5] * len(images)
 
 
 @register_reward("breakable")
@@ -279,6 +291,16 @@ def test_an_iteration_without_spread_changes_no_weight(pipes, tmp_path):
     assert read_rows(run)["grad_norm"].tolist()[2:] == [0.0, 0.0]
 
 
+def test_a_run_without_any_step_keeps_its_learning_rate(pipes, tmp_path):
+    """The schedule counts steps; torch warns where it moves before the optimiser."""
+    config = tiny_config(pipes, rewards={"constant": 1.0}, lr_schedule="linear", validate_every=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        rows = read_rows(train(config, tmp_path / "run"))
+    assert rows["grad_norm"].tolist() == [0.0] * 4
+    assert rows["learning_rate"].nunique() == 1
+
+
 # -- bad input -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "mode, words", [("raise", "out of order"), ("short", "1"), ("nan", "blue square")]
@@ -324,6 +346,31 @@ def test_bad_prompt_files_are_named(config, tmp_path, content, words):
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(PromptError, match=words):
         Trainer(make_config(base=config, train_prompts=str(tmp_path / "bad.txt")), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"train_prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"validation_prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"rewards": {"rednes": 1.0}}, "did you mean 'redness'"),
+    ],
+)
+def test_what_is_known_from_the_config_is_refused_before_processes_meet(
+    config, tmp_path, monkeypatch, settings, words
+):
+    monkeypatch.setattr("chunk_grpo_nb.training.state.make_backend", None)
+    with pytest.raises(ValueError, match=words):
+        Trainer(make_config(settings, config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["constant", "constant=0.5,redness=0.5"])
+def test_rewards_work_on_the_device_of_their_process(config, tmp_path, name):
+    DEVICES.clear()
+    trainer = Trainer(make_config(base=config, rewards={name: 1.0}), tmp_path / "run")
+    trainer.close()
+    assert DEVICES == [trainer.backend.device] == [torch.device("cpu")]
 
 
 def test_long_prompts_are_counted_and_listed(config, pipes, tmp_path):

@@ -93,15 +93,18 @@ def open_policy(
 # %% ../../nbs/analysis/11_cli.ipynb #d6c8c1b9
 def _train(a: argparse.Namespace) -> None:
     from chunk_grpo_nb.training.config import Config, load_config, make_config
+    from chunk_grpo_nb.training.records import RunFolder
 
-    config = (
-        load_config(a.config, **_values(a.parameter))
-        if a.config
-        else make_config(_values(a.parameter), Config())
-    )
+    changes, resume = _values(a.parameter), a.resume_from or a.resume
+    if a.config:
+        config = load_config(a.config, **changes)
+    elif resume:
+        config = make_config(changes, RunFolder.open(a.out).config)
+    else:
+        config = make_config(changes, Config())
     from chunk_grpo_nb.training.trainer import train
 
-    run = train(config, a.out, resume=a.resume)
+    run = train(config, a.out, resume=resume)
     print(f"run: {run.path}\npage: chunk-grpo report {run.path}")
 
 
@@ -328,6 +331,7 @@ def _add_model_commands(add) -> None:
     p.add_argument(
         "--resume", action="store_true", help="continue the run in --out from its newest checkpoint"
     )
+    p.add_argument("--resume-from", metavar="CHECKPOINT", help="continue it from this one instead")
     _parameter_word(p, "a setting that wins over the file")
     p = add(
         "evaluate",
@@ -511,26 +515,46 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_mistake(error: Exception) -> bool:
+    """Whether an error is one of input, memory or numbers; any other is a bug, with a traceback."""
+    known = (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, MemoryError)
+    names = {kind.__name__ for kind in type(error).__mro__}  # nothing heavy is imported for these
+    return isinstance(error, known) or bool(names & {"RewardError", "OutOfMemoryError"})
+
+
+def _line(error: Exception) -> str:
+    """An error in one line."""
+    from chunk_grpo_nb.analysis.notebooks import printable
+
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory: draw fewer images at a time (--batch, --images, rollout_batch); "
+            "chunk-grpo plan says what a run needs"
+        )
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return printable(str(message) or type(error).__name__)
+
+
 def main(
     words: Sequence[str] | None = None,  # the command line; None = sys.argv
 ) -> int:
-    """Run one command. Returns 0; 1 if trials of a sweep failed or a plan does not fit; 2 for a mistake
-    in the input; 130 after Ctrl-C."""
+    """Run one command. Returns its exit code.
+
+    0; 1 if trials of a sweep failed or a plan does not fit; 2 for a mistake in the input, a full
+    memory or numbers that are not finite; 130 after Ctrl-C, 143 after SIGTERM.
+    """
     arguments = make_parser().parse_args(words)
+    command = f"chunk-grpo {arguments.command}"
     try:
         return arguments.function(arguments) or 0
-    except (ValueError, TypeError, KeyError, OSError, ImportError) as e:
-        if arguments.debug:
+    except Exception as e:
+        if arguments.debug or not _is_mistake(e):
             raise
-        from chunk_grpo_nb.analysis.notebooks import printable
-
-        message = e.args[0] if isinstance(e, KeyError) and e.args else e
-        print(f"chunk-grpo {arguments.command}: {printable(message)}", file=sys.stderr)
+        print(f"{command}: {_line(e)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        again = "; continue with --resume" if arguments.command == "train" else ""
-        print(f"\nchunk-grpo {arguments.command}: stopped{again}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:  # `Interrupted` says where the run is, and its exit code
+        print(f"\n{command}: {e if e.args else 'stopped'}", file=sys.stderr)
+        return getattr(e, "exit_code", 130)
 
 # %% ../../nbs/analysis/11_cli.ipynb #1343679a
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -54,6 +54,7 @@ class WeightedReward:
         self,
         weights: dict[str, float] | str,  # name (as `make_reward` takes it) -> weight
         options: dict[str, dict] | None = None,  # name -> options of that reward
+        device: str | torch.device | None = None,  # for those that take one and name none
     ):
         weights = parse_weights(weights) if isinstance(weights, str) else dict(weights)
         options = options or {}
@@ -62,7 +63,7 @@ class WeightedReward:
                 f"options for {sorted(unknown)}, which are not among the rewards {sorted(weights)}"
             )
         self.weights = weights
-        self.rewards = make_rewards({name: options.get(name, {}) for name in weights})
+        self.rewards = make_rewards({name: options.get(name, {}) for name in weights}, device)
         self.name = ",".join(f"{name}={weight:g}" for name, weight in weights.items())
         self.whole_group = any(map(needs_whole_group, self.rewards.values()))
 

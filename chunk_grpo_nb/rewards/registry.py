@@ -261,7 +261,9 @@ def make_rewards(
     """The rewards of a run by name; all names and options are checked before any is loaded."""
     recipes = {}
     for name, own in options.items():
-        shared = {"device": device} if device is not None and reward_takes(name, "device") else {}
+        registered = "weighted" if isinstance(name, str) and "=" in name else name
+        takes_device = device is not None and reward_takes(registered, "device")
+        shared = {"device": device} if takes_device else {}
         recipes[name] = reward_recipe(name, **{**shared, **own})
     return {name: recipe() for name, recipe in recipes.items()}
 

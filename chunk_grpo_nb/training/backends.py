@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..models.policy import Policy
@@ -102,16 +103,7 @@ class WholeState:
         with torch.no_grad():
             for name, p in named.items():
                 p.copy_(self._part(state["model"][name], p))
-        saved = state["optimizer"]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {
-            number: {
-                key: self._part(value, parameters[number]) if torch.is_tensor(value) else value
-                for key, value in entry.items()
-            }
-            for number, entry in saved["state"].items()
-        }
-        optimizer.load_state_dict({**saved, "state": moments})
+        self._load_optimizer(state["optimizer"], optimizer)
 
     def _whole(self, tensor: Tensor) -> Tensor:
         """A tensor in one piece on the CPU."""
@@ -127,6 +119,20 @@ class WholeState:
         `load` makes a fresh policy to fill.
         """
         return policy
+
+# %% ../../nbs/training/06_backends.ipynb #12f4d64e
+@patch
+def _load_optimizer(self: WholeState, saved: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Its moments, placed like the parameters that they belong to."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        number: {
+            key: self._part(value, parameters[number]) if torch.is_tensor(value) else value
+            for key, value in entry.items()
+        }
+        for number, entry in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": moments})
 
 # %% ../../nbs/training/06_backends.ipynb #ae856e09
 class Backend(Processes, WholeState, Differentiator):
@@ -178,14 +184,18 @@ class Backend(Processes, WholeState, Differentiator):
                 mine = torch.zeros_like(p) if p.grad is None else p.grad
                 p.grad = self.accelerator.reduce(mine, "sum")
 
-    def weights_are_finite(self, policy: Policy) -> bool:
-        """Whether every trained weight of every process is a finite number."""
-        parts = self._local_weights(policy)
-        mine = torch.stack([torch.isfinite(part).all() for part in parts]).all()
-        return not self.any(not mine)
+# %% ../../nbs/training/06_backends.ipynb #7607fed7
+@patch
+def weights_are_finite(self: Backend, policy: Policy) -> bool:
+    """Whether every trained weight of every process is a finite number."""
+    parts = self._local_weights(policy)
+    mine = torch.stack([torch.isfinite(part).all() for part in parts]).all()
+    return not self.any(not mine)
 
-    def _local_weights(self, policy: Policy) -> Iterator[Tensor]:
-        return (p.detach() for p in policy.trainable_parameters())
+
+@patch
+def _local_weights(self: Backend, policy: Policy) -> Iterator[Tensor]:
+    return (p.detach() for p in policy.trainable_parameters())
 
 # %% ../../nbs/training/06_backends.ipynb #0fb3bdab
 class FullySharded(Backend):
@@ -225,24 +235,32 @@ class FullySharded(Backend):
     def _sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Done in the backward pass."""
 
-    def _local_weights(self, policy: Policy) -> Iterator[Tensor]:
-        return (p.detach().to_local() for p in policy.trainable_parameters())
+# %% ../../nbs/training/06_backends.ipynb #54c219f5
+@patch
+def _local_weights(self: FullySharded, policy: Policy) -> Iterator[Tensor]:
+    return (p.detach().to_local() for p in policy.trainable_parameters())
 
-    def _whole(self, tensor: Tensor) -> Tensor:
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        return whole.cpu() if self.is_main else torch.empty(0)
 
-    def _part(self, whole: Tensor, like: Tensor) -> Tensor:
-        from torch.distributed.tensor import distribute_tensor
+@patch
+def _whole(self: FullySharded, tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.cpu() if self.is_main else torch.empty(0)
 
-        if whole.shape != like.shape:
-            return whole  # a count of steps
-        return distribute_tensor(whole.to(self.device), like.device_mesh, like.placements)
 
-    def whole_policy(self, policy: Policy, load: Callable[[], Policy]) -> Policy | None:
-        """Gathered from all processes."""
-        weights = {name: self._whole(p.detach()) for name, p in _named(policy).items()}
-        return _filled(load(), weights) if self.is_main else None
+@patch
+def _part(self: FullySharded, whole: Tensor, like: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    if whole.shape != like.shape:
+        return whole  # a count of steps
+    return distribute_tensor(whole.to(self.device), like.device_mesh, like.placements)
+
+
+@patch
+def whole_policy(self: FullySharded, policy: Policy, load: Callable[[], Policy]) -> Policy | None:
+    """Gathered from all processes."""
+    weights = {name: self._whole(p.detach()) for name, p in _named(policy).items()}
+    return _filled(load(), weights) if self.is_main else None
 
 # %% ../../nbs/training/06_backends.ipynb #d12ed6b6
 def _filled(policy: Policy, weights: dict[str, Tensor]) -> Policy:
@@ -301,42 +319,50 @@ class DeepSpeed(FullySharded):
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def _local_weights(self, policy: Policy) -> Iterator[Tensor]:
-        return (getattr(p, "ds_tensor", p).detach() for p in policy.trainable_parameters())
+# %% ../../nbs/training/06_backends.ipynb #111bfac8
+@patch
+def _local_weights(self: DeepSpeed, policy: Policy) -> Iterator[Tensor]:
+    return (getattr(p, "ds_tensor", p).detach() for p in policy.trainable_parameters())
 
-    def save(self, folder: Path, done: int, policy: Policy, optimizer) -> dict:
-        """Every process writes its part beside the checkpoint, which names it."""
-        name = f"deepspeed_{done:06d}"
-        options = {"save_latest": False, "exclude_frozen_parameters": True}
-        self.engine.save_checkpoint(str(folder), tag=name, **options)
-        return {"model": name, "optimizer": None}
 
-    def parts(self, state: dict) -> list[str]:
-        """The engine's folder."""
-        return [state["model"]]
+@patch
+def save(self: DeepSpeed, folder: Path, done: int, policy: Policy, optimizer) -> dict:
+    """Every process writes its part beside the checkpoint, which names it."""
+    name = f"deepspeed_{done:06d}"
+    options = {"save_latest": False, "exclude_frozen_parameters": True}
+    self.engine.save_checkpoint(str(folder), tag=name, **options)
+    return {"model": name, "optimizer": None}
 
-    def load(self, folder: Path, state: dict, policy: Policy, optimizer) -> None:
-        """From the engine's own folder, which the checkpoint names."""
-        name = state["model"]
-        if not isinstance(name, str):
-            raise ValueError(f"{folder}: written without DeepSpeed; resume it the same way")
-        options = {"tag": name, "load_module_strict": False}
-        found, _ = self.engine.load_checkpoint(str(folder), **options)
-        if found is None:
-            raise FileNotFoundError(
-                f"{folder / name}: DeepSpeed's part of the checkpoint is missing; "
-                "use another checkpoint"
-            )
 
-    def whole_policy(self, policy: Policy, load: Callable[[], Policy]) -> Policy | None:
-        """Gathered by the engine where the weights themselves are sharded."""
-        if self.engine.zero_optimization_partition_weights():
-            weights = self.engine._zero3_consolidated_16bit_state_dict(
-                exclude_frozen_parameters=True
-            )
-        else:
-            weights = {name: p.detach().cpu() for name, p in _named(policy).items()}
-        return _filled(load(), weights) if self.is_main else None
+@patch
+def parts(self: DeepSpeed, state: dict) -> list[str]:
+    """The engine's folder."""
+    return [state["model"]]
+
+
+@patch
+def load(self: DeepSpeed, folder: Path, state: dict, policy: Policy, optimizer) -> None:
+    """From the engine's own folder, which the checkpoint names."""
+    name = state["model"]
+    if not isinstance(name, str):
+        raise ValueError(f"{folder}: written without DeepSpeed; resume it the same way")
+    options = {"tag": name, "load_module_strict": False}
+    found, _ = self.engine.load_checkpoint(str(folder), **options)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder / name}: DeepSpeed's part of the checkpoint is missing; "
+            "use another checkpoint"
+        )
+
+
+@patch
+def whole_policy(self: DeepSpeed, policy: Policy, load: Callable[[], Policy]) -> Policy | None:
+    """Gathered by the engine where the weights themselves are sharded."""
+    if self.engine.zero_optimization_partition_weights():
+        weights = self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    else:
+        weights = {name: p.detach().cpu() for name, p in _named(policy).items()}
+    return _filled(load(), weights) if self.is_main else None
 
 # %% ../../nbs/training/06_backends.ipynb #bb1198bc
 def _engine_settings(config: Config) -> dict:

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from ..models.replay import check_replay
-from ..prompts import load_prompts
+from ..prompts import Prompt, load_prompts
 from .config import Config
 from .evaluation import evaluate
 from .metrics import Update, metrics_row, plain
@@ -175,12 +175,8 @@ class Metrics(Callback):
 class Validation(Callback):
     """Mean rewards and warning signs on the watched prompts, one image each; and a grid."""
 
-    def on_setup(self, trainer) -> None:
-        """Read the prompts."""
-        config = trainer.config
-        self.prompts = load_prompts(
-            config.data.validation_prompts, limit=config.run.validation_images
-        )
+    def __init__(self, prompts: Sequence[Prompt]):
+        self.prompts = prompts
 
     def on_start(self, trainer) -> None:
         """The model as it is before training."""
@@ -303,5 +299,6 @@ def make_callbacks(
     if config.run.track:
         callbacks.append(Tracker())
     if config.run.validate_every:
-        callbacks.append(Validation())
+        watched = load_prompts(config.data.validation_prompts, limit=config.run.validation_images)
+        callbacks.append(Validation(watched))
     return [*callbacks, *own, Checkpoints(), Progress()]

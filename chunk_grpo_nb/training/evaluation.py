@@ -24,7 +24,7 @@ def edge_density(image) -> float:
 
 
 def colour_entropy(image, bins: int = 8) -> float:
-    """Entropy in bits of the joint colour histogram, `bins` levels per channel; 0 for one colour."""
+    """Entropy in bits of the joint colour histogram, `bins` levels a channel; 0 for one colour."""
     q = np.asarray(image.convert("RGB"), dtype=np.int64) * bins // 256
     counts = np.bincount((q[..., 0] * bins + q[..., 1]).ravel() * bins + q[..., 2].ravel())
     p = counts[counts > 0] / counts.sum()
@@ -64,7 +64,7 @@ def _scores(score_images: Callable, ready: list, prompts: Sequence[Prompt]) -> d
         asked.append([p for p, _ in places])
     return {name: values.tolist() for name, values in score_images(*asked).items()}
 
-
+# %% ../../nbs/training/07_evaluation.ipynb #4378dc03
 def evaluate(
     policy,  # `policy.Policy`
     prompts: Sequence[Prompt],

@@ -141,6 +141,12 @@ def measure_log_probs(policy: Policy, passes: Sequence[Pass], log_probs: Tensor)
         log_probs[one_pass.samples, one_pass.steps] = value.to(log_probs)
 
 # %% ../../nbs/training/05_gradient.ipynb #50d73a94
+def _must_stream(trained: Tensor, micro_batch: int, differentiator: Differentiator) -> bool:
+    """Whether the log-probs of a sample cannot all be computed in the pass that uses them."""
+    longest = int(trained.sum(1).max()) if len(trained) else 0
+    return differentiator.equal_passes or longest > micro_batch > 0
+
+
 def _idle(policy: Policy, loss: ChunkLoss, differentiator: Differentiator, one_pass: Pass) -> None:
     """A pass of a process that has less to do than the others: the same calls, a loss of 0."""
     log_prob, mean, std = policy.log_prob(one_pass.recording, one_pass.rows, one_pass.steps)
@@ -166,17 +172,11 @@ def accumulate_gradient(
     differentiator = differentiator or Differentiator()
     mine = slice(rollout.samples[0], rollout.samples[0] + len(rollout.samples))
     loss = ChunkLoss(
-        assignment.rows(mine),
-        rollout.log_probs,
-        clip_range,
-        num_samples or len(samples),
-        kl_weight,
+        assignment.rows(mine), rollout.log_probs, clip_range, num_samples or len(samples), kl_weight
     )
     samples = [i for i in samples if loss.contributes(i)]
     trained = loss.assignment.trained
-    longest = int(trained[samples].sum(1).max()) if samples else 0
-    streamed = differentiator.equal_passes or longest > micro_batch > 0
-    streamed = streamed and not on_policy
+    streamed = not on_policy and _must_stream(trained[samples], micro_batch, differentiator)
     whole = not (on_policy or streamed)
     passes = plan_passes(rollout, trained, samples, micro_batch, whole)
     idle = differentiator.agree_on_passes(len(passes)) - len(passes)

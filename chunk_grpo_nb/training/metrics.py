@@ -96,7 +96,7 @@ def _ratio_metrics(config: Config, update: Update) -> dict:
         "log_prob_shift": shift,
     }
 
-
+# %% ../../nbs/training/08_metrics.ipynb #5cda77ca
 def _clip_metrics(config: Config, update: Update) -> dict:
     """Spread of the step ratios, and the shares that the clip range cuts, by chunk and step."""
     objective, chosen = config.objective, torch.tensor(update.samples)

@@ -13,12 +13,14 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from fastcore.basics import patch
 
 import chunk_grpo_nb
 from chunk_grpo_nb.training.config import (
@@ -156,6 +158,7 @@ class RunFolder:
         run = cls(path)
         for folder in ("samples", "checkpoints"):
             (run.path / folder).mkdir(parents=True, exist_ok=True)
+        _write_index(run, {})
         _write_json(run.path / "manifest.json", manifest)
         run.save_config(config)
         return run
@@ -173,21 +176,24 @@ class RunFolder:
         """Write the settings."""
         _write_atomically(self.path / "config.yaml", lambda path: save_config(config, path))
 
-    @property
-    def config(self) -> Config:
-        """The settings of the run."""
-        return load_config(self.path / "config.yaml")
+# %% ../../nbs/training/02_records.ipynb #6d472fc8
+@patch(as_prop=True)
+def config(self: RunFolder) -> Config:
+    """The settings of the run."""
+    return load_config(self.path / "config.yaml")
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """What else its results depend on."""
-        return _read_json(self.path / "manifest.json")
+
+@patch(as_prop=True)
+def manifest(self: RunFolder) -> dict[str, Any]:
+    """What else its results depend on."""
+    return _read_json(self.path / "manifest.json")
 
 # %% ../../nbs/training/02_records.ipynb #c4d4179c
-def lock_run(run: RunFolder):
-    """The lock of a run, held: release it with `.release()`, or use it as a context manager.
+@contextmanager
+def lock_run(run: RunFolder) -> Iterator[None]:
+    """Inside, no other process writes to the run.
 
-    Raises BlockingIOError where another process holds it.
+    Raises BlockingIOError where another process does.
     """
     from filelock import FileLock, Timeout
 
@@ -198,7 +204,10 @@ def lock_run(run: RunFolder):
         raise BlockingIOError(
             f"{run.path} is being written by another process; wait for it, or stop it"
         ) from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/training/02_records.ipynb #f2a995dc
 def _read_jsonl(path: Path) -> list[dict]:
@@ -285,7 +294,9 @@ _INDEX_ENTRY = {"iteration": int, "hash": str, "parts": dict, "rows": dict}
 def _read_index(folder: Path) -> dict[str, dict]:
     """File name -> checksum, parts and row counts of each finished checkpoint, oldest first."""
     path = folder / "index.json"
-    index = _read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    index = _read_json(path)
     for name, entry in index.items():
         known = isinstance(entry, dict) and all(
             isinstance(entry.get(key), kind) for key, kind in _INDEX_ENTRY.items()
@@ -296,13 +307,21 @@ def _read_index(folder: Path) -> dict[str, dict]:
 
 
 def _checkpoint_index(run: RunFolder) -> dict[str, dict]:
-    return _read_index(run.path / "checkpoints")
+    """The index of a run. Raises ValueError for checkpoints without one."""
+    folder = run.path / "checkpoints"
+    found = sorted(path.name for path in folder.glob("iteration_*.pt"))
+    if found and not (folder / "index.json").exists():
+        raise ValueError(
+            f"{folder} holds {', '.join(found)} but no index.json: an older version wrote them, or "
+            "the index is lost; finish with that version, or start again in another folder"
+        )
+    return _read_index(folder)
 
 
 def _write_index(run: RunFolder, index: Mapping[str, dict]) -> None:
     _write_json(run.path / "checkpoints" / "index.json", index)
 
-
+# %% ../../nbs/training/02_records.ipynb #516b9a58
 def _remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir():
@@ -334,8 +353,8 @@ def save_checkpoint(
     """
     folder = run.path / "checkpoints"
     path = folder / f"iteration_{iteration:06d}.pt"
-    _write_atomically(path, lambda temporary: _write_state(temporary, state))
     index = _checkpoint_index(run)
+    _write_atomically(path, lambda temporary: _write_state(temporary, state))
     index[path.name] = {
         "iteration": iteration,
         "hash": file_hash(path),

@@ -196,8 +196,8 @@ def draw_rollout(
     samples = _own_samples(len(prompts) * group_size, *share)
     if complete_images(score_images, len(samples), group_size) < len(samples):
         raise ValueError(
-            f"a reward compares the {group_size} images of a prompt, but {share[1]} processes would "
-            f"split them: make prompts_per_iteration a multiple of {share[1]}"
+            f"a reward compares the {group_size} images of a prompt, but {share[1]} processes "
+            f"would split them: make prompts_per_iteration a multiple of {share[1]}"
         )
     slots = [i // group_size for i in samples]
     seeds = group_seeds(seed, iteration, slots, [i % group_size for i in samples], same_noise)

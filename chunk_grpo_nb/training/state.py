@@ -12,12 +12,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from ..chunking import make_chunker
 from ..models.policy import Policy, load_policy
 from ..models.sampler import Sampler
 from ..prompts import load_prompts, packaged_prompts
-from ..rewards.registry import make_reward
+from ..rewards.registry import make_rewards, reward_recipe
 from .backends import make_backend
 from .callbacks import Callback, make_callbacks
 from .config import Config
@@ -35,7 +36,7 @@ from chunk_grpo_nb.training.records import (
 from .rollout import derive_seed, scorer
 
 # %% auto #0
-__all__ = ['make_optimizer', 'make_schedule', 'make_sampler', 'input_files', 'Trainer']
+__all__ = ['make_optimizer', 'make_schedule', 'make_sampler', 'make_policy', 'input_files', 'Trainer']
 
 # %% ../../nbs/training/10_state.ipynb #537ab1fd
 def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -76,6 +77,25 @@ def make_sampler(config: Config) -> Sampler:
     s = config.sampling
     return Sampler(s.num_steps, s.sde, s.noise_level, s.shift, s.guidance_scale, s.height, s.width)
 
+# %% ../../nbs/training/10_state.ipynb #ad11a52c
+def make_policy(config: Config, device: str = "cpu") -> Policy:
+    """A fresh policy of a config."""
+    settings = config.policy
+    return load_policy(
+        settings.model,
+        dtype=settings.dtype,
+        device=device,
+        lora_rank=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        keep_reference=config.objective.kl_weight > 0,
+        autocast="bfloat16" if settings.mixed_precision == "bf16" else None,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        offload_text=settings.offload_text,
+        vae_tiling=settings.vae_tiling,
+        store_on=settings.store_on,
+        seed=derive_seed(config.run.seed, "lora"),
+    )
+
 # %% ../../nbs/training/10_state.ipynb #498533e8
 def input_files(config: Config, model: str | Path) -> dict[str, str | Path]:
     """Name -> file or folder of what a run reads: base weights and prompts."""
@@ -100,19 +120,19 @@ class Trainer:
         resume: bool | str | Path = False,
         callbacks: Sequence[Callback] = (),
     ):
-        if not resume:
-            RunFolder.check_free(out_dir)
+        _check_folder(config, out_dir, bool(resume))
         self.config = config
-        self.backend = make_backend(config, out_dir)
         self.prompts = load_prompts(config.data.train_prompts)
-        rewards = {
-            name: make_reward(name, **options)
-            for name, options in config.objective.reward_options.items()
-        }
-        self.score = scorer(rewards, config.objective.reward_failure)
+        self.callbacks = make_callbacks(config, tuple(callbacks))
         self.chunker = make_chunker(config.objective.chunker)
         self.sampler = make_sampler(config)
-        self.policy = self.load_policy(str(self.backend.device))
+        rewards = config.objective.reward_options
+        for name, options in rewards.items():
+            reward_recipe(name, **options)  # refuses bad ones, loads nothing
+        self.backend = make_backend(config, out_dir)
+        rewards = make_rewards(rewards, device=self.backend.device)
+        self.score = scorer(rewards, config.objective.reward_failure)
+        self.policy = make_policy(config, str(self.backend.device))
         optimizer = make_optimizer(config, self.policy.trainable_parameters())
         self.optimizer = self.backend.prepare(self.policy, optimizer)
         self.schedule = make_schedule(config, self.optimizer)
@@ -121,87 +141,73 @@ class Trainer:
         self.evaluations = {"sampled": 0, "ratio": 0, "trained": 0}  # of the network, so far
         self.seconds: dict[str, float] = {}  # by stage, of this iteration
         self.metrics: dict = {}  # row of the latest update
-        self.callbacks = make_callbacks(config, tuple(callbacks))
+        self.held = ExitStack()  # the lock of the run's folder
         self.notify("on_setup")
-        self.lock = None
-        self.run = _resume(self, out_dir, resume) if resume else _start(self, out_dir)
+        try:
+            self.run = _resume(self, out_dir, resume) if resume else _start(self, out_dir)
+        except BaseException:
+            self.close()
+            raise
 
-    def take(self, run: RunFolder) -> None:
-        """Keep other processes from writing to a run's folder, until `close`."""
-        if self.is_main:
-            self.lock = lock_run(run)
+    def load_policy(self) -> Policy:
+        """A fresh policy of the run's config, on the CPU."""
+        return make_policy(self.config)
 
     def close(self) -> None:
         """Let others write to the folder."""
-        if self.lock:
-            self.lock.release(force=True)
+        self.held.close()
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the records."""
-        return self.backend.is_main
+# %% ../../nbs/training/10_state.ipynb #44144d07
+def _check_folder(config: Config, out_dir: str | Path, resume: bool) -> None:
+    """Refuse a folder that is not free for a run, or is not that of the run to resume."""
+    if resume:
+        check_resume(RunFolder.open(out_dir), config, hashes={})
+    else:
+        RunFolder.check_free(out_dir)
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last iteration is done."""
-        return self.done == self.config.optimisation.iterations
+# %% ../../nbs/training/10_state.ipynb #468217f2
+@patch(as_prop=True)
+def is_main(self: Trainer) -> bool:
+    """Whether this process writes the records."""
+    return self.backend.is_main
 
-    def is_due(self, every: int) -> bool:
-        """Whether what happens every so many iterations, and after the last, happens now."""
-        return bool(every) and (self.done % every == 0 or self.is_finished)
 
-    def load_policy(self, device: str = "cpu") -> Policy:
-        """A fresh policy of this config."""
-        config, settings = self.config, self.config.policy
-        return load_policy(
-            settings.model,
-            dtype=settings.dtype,
-            device=device,
-            lora_rank=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            keep_reference=config.objective.kl_weight > 0,
-            autocast="bfloat16" if settings.mixed_precision == "bf16" else None,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            offload_text=settings.offload_text,
-            vae_tiling=settings.vae_tiling,
-            store_on=settings.store_on,
-            seed=derive_seed(config.run.seed, "lora"),
-        )
+@patch(as_prop=True)
+def is_finished(self: Trainer) -> bool:
+    """Whether the last iteration is done."""
+    return self.done == self.config.optimisation.iterations
 
-    def notify(self, moment: str, *values) -> None:
-        """Tell all callbacks, in order."""
+
+@patch
+def is_due(self: Trainer, every: int) -> bool:
+    """Whether what happens every so many iterations, and after the last, happens now."""
+    return bool(every) and (self.done % every == 0 or self.is_finished)
+
+# %% ../../nbs/training/10_state.ipynb #b5ad0cec
+@patch
+def notify(self: Trainer, moment: str, *values) -> None:
+    """Tell all callbacks, in order."""
+    for callback in self.callbacks:
+        getattr(callback, moment)(self, *values)
+
+
+@patch
+@contextmanager
+def evaluation_weights(self: Trainer) -> Iterator[None]:
+    """Inside, the policy has the weights that are evaluated and saved."""
+    with ExitStack() as stack:
         for callback in self.callbacks:
-            getattr(callback, moment)(self, *values)
-
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Inside, the policy has the weights that are evaluated and saved."""
-        with ExitStack() as stack:
-            for callback in self.callbacks:
-                stack.enter_context(callback.evaluation_weights(self))
-            yield
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds inside to those of a stage."""
-        start = time.perf_counter()
+            stack.enter_context(callback.evaluation_weights(self))
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def save(self) -> None:
-        """Write a checkpoint of the state after `done` iterations, unless it is there."""
-        if self.saved == self.done:
-            return
-        folder = self.run.path / "checkpoints"
-        state = self.backend.save(folder, self.done, self.policy, self.optimizer)
-        parts = self.backend.parts(state)
-        state |= _loop_state(self)
-        self.backend.wait()
-        if self.is_main:
-            keep = self.config.run.keep_checkpoints
-            save_checkpoint(self.run, self.done, state, keep=keep, parts=parts)
-        self.saved = self.done
-        self.backend.wait()
+
+@patch
+@contextmanager
+def timed(self: Trainer, stage: str) -> Iterator[None]:
+    """Add the seconds inside to those of a stage."""
+    start = time.perf_counter()
+    yield
+    self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 # %% ../../nbs/training/10_state.ipynb #734ae662
 def _loop_state(trainer: Trainer) -> dict:
@@ -230,6 +236,23 @@ def _load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
         if type(callback).__name__ in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][type(callback).__name__])
 
+# %% ../../nbs/training/10_state.ipynb #4f795ed5
+@patch
+def save(self: Trainer) -> None:
+    """Write a checkpoint of the state after `done` iterations, unless it is there."""
+    if self.saved == self.done:
+        return
+    folder = self.run.path / "checkpoints"
+    state = self.backend.save(folder, self.done, self.policy, self.optimizer)
+    parts = self.backend.parts(state)
+    state |= _loop_state(self)
+    self.backend.wait()
+    if self.is_main:
+        keep = self.config.run.keep_checkpoints
+        save_checkpoint(self.run, self.done, state, keep=keep, parts=parts)
+    self.saved = self.done
+    self.backend.wait()
+
 # %% ../../nbs/training/10_state.ipynb #5f33c170
 def _start(trainer: Trainer, out_dir: str | Path) -> RunFolder:
     """A new run folder; prompts that are longer than the text encoder reads are listed."""
@@ -245,7 +268,8 @@ def _start(trainer: Trainer, out_dir: str | Path) -> RunFolder:
         files = input_files(config, policy.pipe.name_or_path)
         manifest = run_manifest(config, str(trainer.backend.device), files)
         more = {"processes": trainer.backend.num_processes, "truncated_prompts": cut}
-        trainer.take(RunFolder.create(out_dir, config, manifest | more))
+        run = RunFolder.create(out_dir, config, manifest | more)
+        trainer.held.enter_context(lock_run(run))
     trainer.backend.wait()
     return RunFolder.open(out_dir)
 
@@ -258,7 +282,8 @@ def _resume(trainer: Trainer, out_dir: str | Path, which: bool | str | Path) -> 
     run = RunFolder.open(out_dir)
     files = input_files(trainer.config, trainer.policy.pipe.name_or_path)
     changes = check_resume(run, trainer.config, hash_inputs(files))
-    trainer.take(run)
+    if trainer.is_main:
+        trainer.held.enter_context(lock_run(run))
     checkpoint = find_checkpoint(run, which, needs=_NEEDED)
     if checkpoint:
         _load_state(trainer, checkpoint)

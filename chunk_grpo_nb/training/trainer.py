@@ -23,7 +23,7 @@ from chunk_grpo_nb.training.assignment import (
 )
 from .callbacks import Callback
 from .config import Config
-from .gradient import accumulate_gradient
+from .gradient import UpdateGradient, accumulate_gradient
 from .metrics import Experience, Update
 from .records import RunFolder, list_checkpoints
 from .rollout import Rollout, draw_rollout
@@ -122,6 +122,14 @@ def _check_finite(trainer: Trainer, norm: float, experience: Experience, number:
         f"{kept}. Lower learning_rate or noise_level, or set dtype to float32"
     )
 
+
+def _count_evaluations(trainer: Trainer, gradient: UpdateGradient) -> None:
+    """Add the evaluations of the network that all processes made for an update."""
+    counts = torch.tensor([[gradient.evaluations_ratio, gradient.evaluations_trained]])
+    ratio, trained = trainer.backend.gather(counts).sum(0).tolist()
+    trainer.evaluations["ratio"] += ratio
+    trainer.evaluations["trained"] += trained
+
 # %% ../../nbs/training/11_trainer.ipynb #9a9050cb
 def optimise(
     trainer: Trainer,
@@ -157,11 +165,9 @@ def optimise(
     norm = backend.step(t.policy, t.optimizer, settings.max_grad_norm, moves)
     _check_finite(t, norm, experience, number)
     learning_rate = t.schedule.get_last_lr()[0]
-    t.schedule.step()
-    counts = torch.tensor([[gradient.evaluations_ratio, gradient.evaluations_trained]])
-    ratio, trained = backend.gather(counts).sum(0).tolist()
-    t.evaluations["ratio"] += ratio
-    t.evaluations["trained"] += trained
+    if moves:
+        t.schedule.step()
+    _count_evaluations(t, gradient)
     return Update(
         experience,
         assignment,
