@@ -13,21 +13,16 @@ from torch import nn
 
 from chunk_grpo_nb.prompts import Prompt, load_prompts
 from chunk_grpo_nb.rewards import benchmarks, geneval
-from chunk_grpo_nb.rewards.geneval import (
+from chunk_grpo_nb.rewards.geneval import ColourClassifier, GenEvalScorer, objects_from_queries
+from chunk_grpo_nb.rewards.geneval_rules import (
     GENEVAL_CLASSES,
     GENEVAL_COLOURS,
-    ColourClassifier,
     Found,
-    GenEvalScorer,
     check_objects,
-    objects_from_queries,
     relations,
 )
-from chunk_grpo_nb.rewards.registry import (
-    RewardUnavailable,
-    make_reward,
-    score,
-)
+from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
+from chunk_grpo_nb.rewards.scoring import score
 
 METADATA = [
     {

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from chunk_grpo_nb.analysis.sweep import load_sweep
 from chunk_grpo_nb.chunking import make_chunker
 from chunk_grpo_nb.prompts import load_prompts
-from chunk_grpo_nb.rewards.registry import parse_weights
-from chunk_grpo_nb.rewards.remote import read_rating
+from chunk_grpo_nb.rewards.combined import parse_weights
+from chunk_grpo_nb.rewards.judges import read_rating
 from chunk_grpo_nb.shapes.scenes import parse_caption
 from chunk_grpo_nb.training.config import flat, load_config, make_config
 from chunk_grpo_nb.training.records import RunFolder, load_checkpoint, save_checkpoint

@@ -18,14 +18,12 @@ from chunk_grpo_nb.rewards.combined import (
 from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
-    check_pairing,
     make_reward,
     make_rewards,
     register_reward,
     reward_function,
-    score,
-    score_async,
 )
+from chunk_grpo_nb.rewards.scoring import check_pairing, score, score_async
 
 IMAGES = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(5)]
 PROMPTS = [f"prompt {i}" for i in range(5)]

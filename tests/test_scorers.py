@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from chunk_grpo_nb.rewards import clip_family, ocr, vlm, weights
-from chunk_grpo_nb.rewards.registry import (
-    RewardUnavailable,
-    check_pairing,
-    make_reward,
-    score,
-)
+from chunk_grpo_nb.rewards import clip_family, hpsv3, imagereward, ocr, weights
+from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
+from chunk_grpo_nb.rewards.scoring import check_pairing, score
 
 PROMPTS = ["a red cube", "two blue spheres", "a dog on a mat"]
 
@@ -101,10 +97,10 @@ def test_hpsv2_layout_fills_every_parameter():
 def test_imagereward_layout_fills_every_parameter():
     from transformers import BlipTextModel, BlipVisionModel
 
-    vision, text = vlm.imagereward_configs()
+    vision, text = imagereward.imagereward_configs()
     with torch.device("meta"):
-        parts = vlm.imagereward_to_transformers(
-            {k: torch.empty(s) for k, s in vlm.imagereward_shapes(vision, text).items()}
+        parts = imagereward.imagereward_to_transformers(
+            {k: torch.empty(s) for k, s in imagereward.imagereward_shapes(vision, text).items()}
         )
         modules = (
             BlipVisionModel(vision),
@@ -119,8 +115,8 @@ def test_imagereward_layout_fills_every_parameter():
 def test_hpsv3_layout_fills_every_parameter(new_names):
     from transformers import Qwen2VLModel
 
-    config = vlm.hpsv3_config()
-    shapes = vlm.hpsv3_shapes(config)
+    config = hpsv3.hpsv3_config()
+    shapes = hpsv3.hpsv3_shapes(config)
     if new_names:  # as saved by transformers 4.52 and later
         shapes = {
             (
@@ -131,12 +127,12 @@ def test_hpsv3_layout_fills_every_parameter(new_names):
             for k, s in shapes.items()
         }
     with torch.device("meta"):
-        backbone, head = vlm.hpsv3_to_transformers({k: torch.empty(s) for k, s in shapes.items()})
+        backbone, head = hpsv3.hpsv3_to_transformers({k: torch.empty(s) for k, s in shapes.items()})
         weights.check_layout(
             weights.shapes_of(backbone), weights.shapes_of(Qwen2VLModel(config)), "HPSv3"
         )
     weights.check_layout(
-        weights.shapes_of(head), weights.shapes_of(vlm.rating_head(3584)), "HPSv3 head"
+        weights.shapes_of(head), weights.shapes_of(hpsv3.rating_head(3584)), "HPSv3 head"
     )
 
 
@@ -448,7 +444,7 @@ def test_imagereward_equals_a_blip_reference(tmp_path):
         sep_token_id=3,
         eos_token_id=3,
     )
-    state = random_state(vlm.imagereward_shapes(vision, text))
+    state = random_state(imagereward.imagereward_shapes(vision, text))
     unused = {
         "blip.vision_proj.weight": torch.zeros(2, 2),
         "blip.text_proj.bias": torch.zeros(2),
@@ -532,7 +528,7 @@ def tiny_hpsv3(tmp_path_factory):
         vision_start_token_id=words["<|vision_start|>"],
         vision_end_token_id=words["<|vision_end|>"],
     )
-    save_file(random_state(vlm.hpsv3_shapes(config)), folder / "HPSv3.safetensors")
+    save_file(random_state(hpsv3.hpsv3_shapes(config)), folder / "HPSv3.safetensors")
     source = (
         'import nothing_here\nINSTRUCTION = """\nrate \n{text_prompt}\n"""\n'
         'prompt_with_special_token = """\nthis : <|Reward|>\n"""\n'
@@ -553,14 +549,14 @@ def tiny_hpsv3(tmp_path_factory):
 
 def test_hpsv3_template_is_read_without_running_it(tiny_hpsv3, tmp_path):
     assert (
-        vlm.hpsv3_template(tiny_hpsv3[2]["template"])
+        hpsv3.hpsv3_template(tiny_hpsv3[2]["template"])
         == "\nrate \n{text_prompt}\n\nthis : <|Reward|>\n"
     )
     (tmp_path / "own.txt").write_text("no field here")
     with pytest.raises(RewardUnavailable, match="expected one {text_prompt}"):
-        vlm.hpsv3_template(tmp_path / "own.txt")
+        hpsv3.hpsv3_template(tmp_path / "own.txt")
     with pytest.raises(RewardUnavailable, match="data_collator_qwen.py"):
-        vlm.hpsv3_template(tmp_path / "absent.py")
+        hpsv3.hpsv3_template(tmp_path / "absent.py")
 
 
 def test_hpsv3_pairs_batches_and_pads(tiny_hpsv3):
@@ -581,9 +577,9 @@ def test_hpsv3_reads_the_reward_token_at_plain_positions(tiny_hpsv3):
 
     words = AutoTokenizer.from_pretrained(folder)
     words.add_tokens(["<|Reward|>"], special_tokens=True)
-    text = vlm.hpsv3_template(options["template"]).replace("{text_prompt}", prompt)
-    inputs = vlm.qwen_inputs(
-        words, [image.resize(vlm.hpsv3_size(*image.size), Image.Resampling.BICUBIC)], [text]
+    text = hpsv3.hpsv3_template(options["template"]).replace("{text_prompt}", prompt)
+    inputs = hpsv3.qwen_inputs(
+        words, [image.resize(hpsv3.hpsv3_size(*image.size), Image.Resampling.BICUBIC)], [text]
     )
     assert (inputs["input_ids"] == config.image_token_id).sum() == inputs["grid"].prod() // 4
     with torch.no_grad():
@@ -610,7 +606,7 @@ def test_hpsv3_size_equals_smart_resize(size):
     height, width = smart_resize(
         size[1], size[0], factor=28, min_pixels=256 * 28 * 28, max_pixels=256 * 28 * 28
     )
-    assert vlm.hpsv3_size(*size) == (width, height)
+    assert hpsv3.hpsv3_size(*size) == (width, height)
 
 
 # ---------------------------------------------------------------- OCR

@@ -20,13 +20,11 @@ from chunk_grpo_nb.rewards.judges import VlmJudge, VlmPreference, read_rating
 from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
-    check_pairing,
     make_reward,
     reward_function,
-    score,
-    score_async,
 )
 from chunk_grpo_nb.rewards.remote import RemoteReward, decode_image, encode_image
+from chunk_grpo_nb.rewards.scoring import check_pairing, score, score_async
 from chunk_grpo_nb.rewards.server import Limits, running_server, serve
 
 pytest.importorskip("fastapi")

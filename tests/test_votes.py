@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward, score
+from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
+from chunk_grpo_nb.rewards.scoring import score
 from chunk_grpo_nb.rewards.votes import (
     Ballot,
     Pair,

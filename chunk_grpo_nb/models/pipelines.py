@@ -5,9 +5,11 @@
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a003
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,8 @@ from .families import family_of
 from ..paths import shapes_path
 
 # %% auto #0
-__all__ = ['parse_dtype', 'parse_device', 'pipeline_folder', 'LoadedPipeline', 'load_pipeline', 'flow_scheduler', 'scheduled',
-           'no_steps', 'call_pipeline', 'decode_latents']
+__all__ = ['parse_dtype', 'parse_device', 'pipeline_folder', 'quiet_loading', 'LoadedPipeline', 'load_pipeline', 'flow_scheduler',
+           'scheduled', 'no_steps', 'call_pipeline', 'decode_latents']
 
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a005
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -74,6 +76,44 @@ def pipeline_folder(model: str) -> Path | None:
         "(save_pretrained writes one)"
     )
 
+# %% ../../nbs/models/04_pipelines.ipynb #f2955bc0
+def _not_about_torchvision(record: logging.LogRecord) -> bool:
+    """False for transformers' notice that an image processor works without torchvision."""
+    return "requires torchvision (not installed); falling back" not in record.getMessage()
+
+
+@contextmanager
+def quiet_loading(
+    libraries: Sequence[str] = ("diffusers", "transformers"),  # whose bars are off
+) -> Iterator[None]:
+    """Load models without the bars of local files and without the notice about torchvision.
+
+    Afterwards everything is on that was on before.
+    """
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    notices = logging.getLogger("transformers.utils.import_utils")
+    notices.addFilter(_not_about_torchvision)
+    downloads_shown = not are_progress_bars_disabled()
+    modules = [importlib.import_module(f"{name}.utils.logging") for name in libraries]
+    shown = [module for module in modules if module.is_progress_bar_enabled()]
+    try:
+        for module in shown:
+            module.disable_progress_bar()
+        if downloads_shown:  # transformers switches them together with its own
+            enable_progress_bars()
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
+        if not downloads_shown:
+            disable_progress_bars()
+        notices.removeFilter(_not_about_torchvision)
+
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a007
 def _read_world(folder: Path | None) -> dict:
     """The contents of `world.json` in the folder, {} where there is none."""
@@ -102,13 +142,13 @@ def load_pipeline(
     dtype: str | torch.dtype = "float32",
 ) -> LoadedPipeline:
     """Load a pipeline, with a message in words where that fails."""
-    from diffusers import DiffusionPipeline
-
     folder = pipeline_folder(model)
+    options = {"dtype": parse_dtype(dtype), "local_files_only": folder is not None}
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            folder or model, dtype=parse_dtype(dtype), local_files_only=folder is not None
-        )
+        with quiet_loading():
+            from diffusers import DiffusionPipeline
+
+            pipe = DiffusionPipeline.from_pretrained(folder or model, **options)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         where = "the hub id does not exist, is gated (`hf auth login`), or there is no network"
         if folder:

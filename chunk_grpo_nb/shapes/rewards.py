@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..models.pipelines import quiet_loading
 from ..paths import shapes_path
 from ..rewards.registry import RewardUnavailable, register_reward
 from .annotator import utility, utility_parts
@@ -119,8 +120,10 @@ def load_scorer(name: str, folder: str | None = None):
             f"no reward model in {place}: train it with nbs/experiments/shapes_3_clip.ipynb "
             "and shapes_4_preference.ipynb"
         )
-    model = CLIPModel.from_pretrained(place, local_files_only=True).eval().requires_grad_(False)
-    return model, CLIPTokenizer.from_pretrained(place, local_files_only=True)
+    with quiet_loading(("transformers",)):
+        model = CLIPModel.from_pretrained(place, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def text_ids(tokenizer, prompts: Sequence[str]) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from ..dynamics import relative_distance
 from ..prompts import Prompt
-from ..rewards.registry import needs_whole_group, score
+from ..rewards.scoring import needs_whole_group, score
 
 # %% auto #0
 __all__ = ['derive_seed', 'derive_generator', 'Seeds', 'group_seeds', 'Place', 'Rollout', 'scorer', 'complete_images',
