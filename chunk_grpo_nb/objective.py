@@ -297,8 +297,8 @@ class ClipShares:
 def clip_shares(
     ratio: Tensor,  # (b, K) of chunks, or (b, steps)
     advantages: Tensor,  # (b,) or shaped as ratio
-    clip_low: float,
-    clip_high: float,
+    clip_low: float | Tensor,  # a number, or shaped as ratio
+    clip_high: float | Tensor,
     mask: Tensor | None = None,  # bool, shaped as ratio: what is trained; default all
 ) -> ClipShares:
     """Share of the trained ratios whose gradient the clipping removes, at each chunk or step."""

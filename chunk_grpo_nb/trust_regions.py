@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['UNCLIPPED', 'normalised_log_ratio', 'inverse_stride_weights', 'spread_clip_range', 'length_clip_range',
-           'divergence_weights']
+           'velocity_spread', 'divergence_weights', 'TrustRegion']
 
 # %% ../nbs/maths/11_trust_regions.ipynb #7a1c0e03
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .chunks import chunk_lengths, chunk_sum
+from .objective import ClipRange
+from .sde import sde_step
 
 # %% ../nbs/maths/11_trust_regions.ipynb #7a1c0e07
 def normalised_log_ratio(
@@ -86,6 +89,20 @@ def length_clip_range(
     steps = torch.ones(chunk_ids.shape[-1], device=chunk_ids.device)
     return spread_clip_range(steps, chunk_ids, clip_range, num_chunks)
 
+# %% ../nbs/maths/11_trust_regions.ipynb #d8370025
+def velocity_spread(
+    sigmas: Tensor,  # (steps + 1,) noise levels around the steps, falling
+    noise_level: float,
+    kind: str = "flow",  # of `sde_step`
+) -> Tensor:  # (steps,), mean 1
+    """How far one change of the velocity spreads each step's log-ratio: `|d mean / d v| / std`."""
+    sigmas = sigmas.double().cpu()
+    ones = torch.ones(len(sigmas) - 1, 1, dtype=torch.float64)
+    still = sde_step(0 * ones, 0 * ones, sigmas[:-1], sigmas[1:], noise_level, kind)
+    moved = sde_step(ones, 0 * ones, sigmas[:-1], sigmas[1:], noise_level, kind)
+    spread = ((moved.mean - still.mean).abs() / still.std).reshape(-1).float()
+    return spread / spread.mean()
+
 # %% ../nbs/maths/11_trust_regions.ipynb #7a1c0e1a
 UNCLIPPED = (1.0, math.inf)  # the clip range that never clips
 
@@ -112,3 +129,24 @@ def divergence_weights(
             advantages = advantages[:, None]
         outwards = (ratio > 1) & (advantages > 0) | (ratio < 1) & (advantages < 0)
         return (~(outwards & (divergence > threshold))).to(ratio.dtype)
+
+# %% ../nbs/maths/11_trust_regions.ipynb #08551680
+@dataclass(frozen=True)
+class TrustRegion:
+    """How far one update may go: the numbers of one rule, and the clip range that follows."""
+
+    clip_low: float
+    clip_high: float
+    spread: Tensor | None = None  # (steps,) of each step's log-ratio; None: one range for all
+
+    def clip_range(
+        self,
+        chunk_ids: Tensor,  # (b, steps) or (steps,)
+        num_chunks: int | None = None,  # K; default: the largest count of any row
+    ) -> ClipRange:
+        """(low, high): numbers, or (b, K) where chunks differ."""
+        if self.spread is None:
+            return self.clip_low, self.clip_high
+        low, _ = spread_clip_range(self.spread, chunk_ids, self.clip_low, num_chunks)
+        _, high = spread_clip_range(self.spread, chunk_ids, self.clip_high, num_chunks)
+        return low, high

@@ -29,6 +29,7 @@ from chunk_grpo_nb.training.assignment import assign_credit
 from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.gradient import accumulate_gradient
 from chunk_grpo_nb.training.rollout import draw_rollout
+from chunk_grpo_nb.trust_regions import TrustRegion
 
 FLUX = SHAPES["black-forest-labs/FLUX.1-dev"]
 NUM_STEPS = 17
@@ -226,7 +227,9 @@ def assign(size: Size, rollout):
 
 
 def update(policy, rollout, credit, members, **options):
-    found = accumulate_gradient(policy, rollout, credit, members, (5e-5, 5e-5), **options)
+    found = accumulate_gradient(
+        policy, rollout, credit, members, TrustRegion(5e-5, 5e-5), **options
+    )
     return found.log_probs, found.evaluations_trained, found.evaluations_ratio
 
 

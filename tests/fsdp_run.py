@@ -19,8 +19,9 @@ from chunk_grpo_nb.training.assignment import assign_credit
 from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.gradient import Differentiator, accumulate_gradient
 from chunk_grpo_nb.training.rollout import draw_rollout
+from chunk_grpo_nb.trust_regions import TrustRegion
 
-CLIP = (0.05, 0.05)
+REGION = TrustRegion(0.05, 0.05)
 PROMPTS = [Prompt("a red circle"), Prompt("two blue square")]
 CONFIG = make_config(
     num_steps=5,
@@ -92,7 +93,7 @@ def compare(lora_rank: int, members: list[int], **options) -> float:
     on_policy = options.get("on_policy", False)
     if not on_policy:
         disturb(alone, 0.01, seed=2)
-    accumulate_gradient(alone, whole, credit, members, CLIP, **options)
+    accumulate_gradient(alone, whole, credit, members, REGION, **options)
 
     sharded = policy_of(lora_rank)
     shared = rollout_of(
@@ -107,7 +108,7 @@ def compare(lora_rank: int, members: list[int], **options) -> float:
         shared,
         credit,
         [i - mine.start for i in members if i in mine],
-        CLIP,
+        REGION,
         num_samples=len(members),
         differentiator=Sharded(),
         **options,

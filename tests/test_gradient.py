@@ -14,8 +14,10 @@ from chunk_grpo_nb.training import gradient as gradient_module
 from chunk_grpo_nb.training.assignment import Assignment, assign_credit
 from chunk_grpo_nb.training.gradient import Differentiator, accumulate_gradient, plan_passes
 from chunk_grpo_nb.training.rollout import draw_rollout, scorer
+from chunk_grpo_nb.trust_regions import TrustRegion
 
-CLIP = (0.2, 0.2)
+PLAIN = TrustRegion(0.2, 0.2)
+NOTHING = TrustRegion(0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def state(tmp_path_factory):
     return policy, rollout, assignment
 
 
-def gradient(policy, rollout, assignment, samples=range(8), **options):
+def gradient(policy, rollout, assignment, samples=range(8), region=PLAIN, **options):
     """The gradient as one vector, and what else is known."""
     policy.transformer.zero_grad()
-    found = accumulate_gradient(policy, rollout, assignment, samples, CLIP, **options)
+    found = accumulate_gradient(policy, rollout, assignment, samples, region, **options)
     parts = [p.grad.flatten() for p in policy.trainable_parameters() if p.grad is not None]
     return torch.cat(parts) if parts else None, found
 
@@ -59,6 +61,21 @@ def test_streamed_equals_whole(state, kl_weight):
         assert_same(whole, streamed)
         assert found.evaluations_trained == 40
         assert found.evaluations_ratio == (40 if micro_batch < 5 else 0)
+
+
+REGIONS = {
+    "length": TrustRegion(0.01, 0.01, spread=torch.ones(5)),
+    "spread": TrustRegion(0.01, 0.01, spread=torch.linspace(0.5, 1.5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_streamed_equals_whole_in_every_trust_region(state, name):
+    whole, found = gradient(*state, region=REGIONS[name])
+    assert not found.is_zero
+    assert (whole - gradient(*state)[0]).norm() > 1e-3 * whole.norm()  # the region matters
+    for micro_batch in (1, 7):
+        assert_same(whole, gradient(*state, region=REGIONS[name], micro_batch=micro_batch)[0])
 
 
 def test_trajectories_that_are_chunked_differently(state):
@@ -100,7 +117,7 @@ def test_nothing_to_step_along_is_said(state):
 def test_every_ratio_clipped_is_nothing_to_step_along(state):
     policy, rollout, assignment = state
     policy.transformer.zero_grad()
-    found = accumulate_gradient(policy, rollout, assignment, range(8), (0.0, 0.0), micro_batch=1)
+    found = accumulate_gradient(policy, rollout, assignment, range(8), NOTHING, micro_batch=1)
     outward = (found.log_probs - rollout.log_probs).mean(1) * assignment.advantages[:, 0] > 0
     clipped = [i for i in range(8) if outward[i]]
     assert clipped
@@ -111,7 +128,7 @@ def test_every_ratio_clipped_is_nothing_to_step_along(state):
         None,
         torch.zeros(8, 5, dtype=torch.long),
     )
-    found = accumulate_gradient(policy, rollout, one_chunk, clipped, (0.0, 0.0))
+    found = accumulate_gradient(policy, rollout, one_chunk, clipped, NOTHING)
     assert found.is_zero
 
 

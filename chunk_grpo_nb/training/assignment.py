@@ -22,12 +22,13 @@ from chunk_grpo_nb.chunking import (
 )
 from ..objective import implied_step_weights, std_step_weights
 from ..sde import sde_step
+from ..trust_regions import TrustRegion, velocity_spread
 from .config import Config
 from .rollout import derive_generator
 
 # %% auto #0
 __all__ = ['Assignment', 'samples_with_rewards', 'compute_advantages', 'draw_chunks', 'transition_stds', 'assign_credit',
-           'update_batches', 'chunking_report']
+           'make_trust_region', 'update_batches', 'chunking_report']
 
 # %% ../../nbs/training/04_assignment.ipynb #29cdd53d
 @dataclass(frozen=True)
@@ -201,6 +202,20 @@ def _per_chunk(advantages: Tensor, drawn: Tensor) -> Tensor:
             f"but this iteration has up to {drawn.shape[1]} chunks"
         )
     return advantages
+
+# %% ../../nbs/training/04_assignment.ipynb #96e49b38
+def make_trust_region(
+    config: Config,
+    sigmas: Tensor,  # (steps + 1,) noise levels around the trained steps
+) -> TrustRegion:
+    """The trust region of the setting `trust_region`."""
+    objective, sampling = config.objective, config.sampling
+    spread = None
+    if objective.trust_region == "clip:length":
+        spread = torch.ones(len(sigmas) - 1)
+    elif objective.trust_region == "clip:spread":
+        spread = velocity_spread(sigmas, sampling.noise_level, sampling.sde)
+    return TrustRegion(objective.clip_low, objective.clip_high, spread)
 
 # %% ../../nbs/training/04_assignment.ipynb #e719e28f
 def update_batches(

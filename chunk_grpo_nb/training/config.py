@@ -235,6 +235,11 @@ class ObjectiveSettings(_Group):
     ratio: str = setting(
         "chunk", "a likelihood ratio per chunk, or per step: step, step:chunk, step:std, step:SPEC"
     )
+    trust_region: str = setting(
+        "clip",
+        "what ends the gradient of a ratio: clip, clip:length (FSPO), clip:spread",
+        choices=("clip", "clip:length", "clip:spread"),
+    )
     clip_low: float = setting(1e-3, "ratios are clipped at 1 - clip_low", above=0, at_most=1)
     clip_high: float = setting(1e-3, "ratios are clipped at 1 + clip_high", above=0)
     kl_weight: float = setting(0.0, "beta of the KL to the reference policy", at_least=0)

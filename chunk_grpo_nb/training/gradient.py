@@ -16,6 +16,7 @@ from ..models.recording import Recording
 from ..objective import kl_to_reference, step_coefficients
 from .assignment import Assignment
 from .rollout import Rollout
+from ..trust_regions import TrustRegion
 
 # %% auto #0
 __all__ = ['Pass', 'plan_passes', 'ChunkLoss', 'Differentiator', 'UpdateGradient', 'measure_log_probs', 'accumulate_gradient']
@@ -74,7 +75,7 @@ class ChunkLoss:
 
     assignment: Assignment  # of this process's n samples
     old_log_probs: Tensor  # (n, steps)
-    clip_range: tuple[float, float]  # ratios are clipped to [1 - low, 1 + high]
+    region: TrustRegion  # where the gradient of a ratio ends
     num_samples: int  # of the update, over all processes
     kl_weight: float = 0.0  # beta
 
@@ -92,7 +93,7 @@ class ChunkLoss:
             self.old_log_probs[samples],
             part.chunk_ids,
             part.advantages,
-            self.clip_range,
+            self.region.clip_range(part.chunk_ids, part.mask.shape[-1]),
             part.mask,
             part.weights,
             self.num_samples,
@@ -160,7 +161,7 @@ def accumulate_gradient(
     rollout: Rollout,  # of this process
     assignment: Assignment,  # of all processes
     samples: Sequence[int],  # of this update, numbered in this process's rollout
-    clip_range: tuple[float, float],
+    region: TrustRegion,
     *,
     on_policy: bool = False,  # no update since the rollout: every ratio is 1
     num_samples: int | None = None,  # of the update, over all processes; None = len(samples)
@@ -172,7 +173,7 @@ def accumulate_gradient(
     differentiator = differentiator or Differentiator()
     mine = slice(rollout.samples[0], rollout.samples[0] + len(rollout.samples))
     loss = ChunkLoss(
-        assignment.rows(mine), rollout.log_probs, clip_range, num_samples or len(samples), kl_weight
+        assignment.rows(mine), rollout.log_probs, region, num_samples or len(samples), kl_weight
     )
     samples = [i for i in samples if loss.contributes(i)]
     trained = loss.assignment.trained

@@ -17,6 +17,7 @@ from ..objective import chunk_ratio, clip_shares, diagnose
 from .assignment import Assignment, chunking_report
 from .config import Config
 from .rollout import Rollout
+from ..trust_regions import TrustRegion
 
 # %% auto #0
 __all__ = ['Experience', 'Update', 'plain', 'metrics_row']
@@ -43,6 +44,7 @@ class Update:
 
     experience: Experience
     assignment: Assignment
+    region: TrustRegion
     number: int  # in its iteration, from 0
     samples: list[int]  # that were trained on
     log_probs: Tensor  # (n, steps) just before the step; the old ones where not trained
@@ -74,9 +76,9 @@ def _reward_metrics(config: Config, update: Update) -> dict:
     return means | flat | {"dropped_samples": int((~used).sum())}
 
 
-def _ratio_metrics(config: Config, update: Update) -> dict:
+def _ratio_metrics(update: Update) -> dict:
     """Ratios, clipping and shift of log-probs of the trained chunks and steps."""
-    objective, chosen = config.objective, torch.tensor(update.samples)
+    chosen = torch.tensor(update.samples)
     part = update.assignment.rows(chosen)
     new, old = update.log_probs[chosen], update.experience.log_probs[chosen]
     found = diagnose(
@@ -84,7 +86,7 @@ def _ratio_metrics(config: Config, update: Update) -> dict:
         old,
         part.chunk_ids,
         part.advantages,
-        (objective.clip_low, objective.clip_high),
+        update.region.clip_range(part.chunk_ids, part.mask.shape[-1]),
         part.mask,
     )
     shift = ((new - old).abs() * part.trained).sum(0) / part.trained.sum(0)
@@ -97,17 +99,18 @@ def _ratio_metrics(config: Config, update: Update) -> dict:
     }
 
 # %% ../../nbs/training/08_metrics.ipynb #5cda77ca
-def _clip_metrics(config: Config, update: Update) -> dict:
+def _clip_metrics(update: Update) -> dict:
     """Spread of the step ratios, and the shares that the clip range cuts, by chunk and step."""
-    objective, chosen = config.objective, torch.tensor(update.samples)
+    chosen = torch.tensor(update.samples)
     part, trained = update.assignment.rows(chosen), update.assignment.trained[chosen]
     new, old = update.log_probs[chosen], update.experience.log_probs[chosen]
-    bounds = objective.clip_low, objective.clip_high
     ratio = chunk_ratio(new, old, part.chunk_ids, part.mask.shape[-1])
     step_ratio = (new - old).exp()
     step_advantages = chunk_to_steps(part.advantages, part.chunk_ids)
+    bounds = update.region.clip_range(part.chunk_ids, part.mask.shape[-1])
+    step_bounds = update.region.clip_range(torch.arange(new.shape[1]).expand_as(new))
     chunks = clip_shares(ratio, part.advantages, *bounds, part.mask)
-    steps = clip_shares(step_ratio, step_advantages, *bounds, trained)
+    steps = clip_shares(step_ratio, step_advantages, *step_bounds, trained)
     squares = torch.where(trained, (step_ratio - 1).square(), 0).sum(0) / trained.sum(0)
     return {
         "step_ratio_spread": squares.sqrt(),
@@ -129,8 +132,8 @@ def metrics_row(config: Config, update: Update, evaluations: dict[str, int]) -> 
         "kl": update.kl,
         "grad_norm": update.grad_norm,
         "learning_rate": update.learning_rate,
-        **_ratio_metrics(config, update),
-        **_clip_metrics(config, update),
+        **_ratio_metrics(update),
+        **_clip_metrics(update),
         **chunking_report(update.assignment.drawn_ids, config.data.group_size),
         **{f"evaluations_{name}": count for name, count in evaluations.items()},
     }

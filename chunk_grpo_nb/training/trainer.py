@@ -18,6 +18,7 @@ from ..prompts import prompt_batch
 from chunk_grpo_nb.training.assignment import (
     Assignment,
     assign_credit,
+    make_trust_region,
     transition_stds,
     update_batches,
 )
@@ -28,6 +29,7 @@ from .metrics import Experience, Update
 from .records import RunFolder, list_checkpoints
 from .rollout import Rollout, draw_rollout
 from .state import Trainer
+from ..trust_regions import TrustRegion
 
 # %% auto #0
 __all__ = ['sample', 'gather_experience', 'iterate', 'optimise', 'Interrupted', 'train']
@@ -93,17 +95,19 @@ def iterate(trainer: Trainer, iteration: int) -> None:
     with t.timed("update"):
         # dynamics of the latents; from dynamics and rewards: advantages, chunks, selection
         experience = gather_experience(t, rollout)
+        sigmas = rollout.recordings[0].sigmas
         assignment = assign_credit(
             config,
             experience.rewards,
             experience.curves,
             iteration,
-            transition_stds(rollout.recordings[0].sigmas, t.sampler.noise_level, t.sampler.kind),
+            transition_stds(sigmas, t.sampler.noise_level, t.sampler.kind),
             t.chunker,
         )
         # optimise the clipped objective of the selected chunks
+        region = make_trust_region(config, sigmas[:-1])
         for number, samples in enumerate(update_batches(config, iteration, assignment.used)):
-            update = optimise(t, experience, assignment, samples, number)
+            update = optimise(t, experience, assignment, region, samples, number)
             t.notify("on_update", update)
 
 # %% ../../nbs/training/11_trainer.ipynb #1a86bdd7
@@ -135,6 +139,7 @@ def optimise(
     trainer: Trainer,
     experience: Experience,
     assignment: Assignment,
+    region: TrustRegion,
     samples: list[int],  # of this update, numbered over all processes
     number: int,  # of the update, from 0
 ) -> Update:
@@ -144,7 +149,7 @@ def optimise(
     does not suffice.
     """
     t, backend, rollout = trainer, trainer.backend, experience.rollout
-    objective, settings = t.config.objective, t.config.optimisation
+    settings = t.config.optimisation
     first = rollout.samples[0]
     mine = range(first, first + len(rollout.samples))
     t.optimizer.zero_grad()
@@ -154,11 +159,11 @@ def optimise(
             rollout,
             assignment,
             [i - first for i in samples if i in mine],
-            (objective.clip_low, objective.clip_high),
+            region,
             on_policy=number == 0,
             num_samples=len(samples),
             micro_batch=settings.micro_batch,
-            kl_weight=objective.kl_weight,
+            kl_weight=t.config.objective.kl_weight,
             differentiator=backend,
         )
     moves = backend.any(not gradient.is_zero)
@@ -171,6 +176,7 @@ def optimise(
     return Update(
         experience,
         assignment,
+        region,
         number,
         samples,
         backend.gather(gradient.log_probs),

@@ -1,0 +1,68 @@
+"""Published methods as settings of the one loop: each run is compared with its limit case."""
+
+import pytest
+import torch
+from tiny_runs import make_folder, tiny_config
+
+from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
+from chunk_grpo_nb.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("methods"))
+
+
+def run(folder, name: str, **settings) -> RunFolder:
+    """One iteration of two inner epochs, so that ratios have moved, with a tight clip range."""
+    defaults = {
+        "iterations": 1,
+        "inner_epochs": 2,
+        "validate_every": 0,
+        "learning_rate": 3e-3,
+        "clip_low": 1e-3,
+        "clip_high": 1e-3,
+    }
+    return train(tiny_config(folder, **defaults | settings), folder / name)
+
+
+def weights(run: RunFolder) -> torch.Tensor:
+    """The trained weights at the end, as one vector."""
+    state = load_checkpoint(list_checkpoints(run)[-1])["model"]
+    return torch.cat([value.flatten() for value in state.values()])
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """Chunk-GRPO as it is."""
+    return run(folder, "plain")
+
+
+@pytest.fixture(scope="module")
+def plain_steps(folder):
+    """The same with chunks of one step."""
+    return run(folder, "plain_steps", chunker="step")
+
+
+def clipped(run: RunFolder) -> list[float]:
+    """Share of the ratios whose gradient was cut, of every update."""
+    rows = read_rows(run)
+    return (rows["clip_low"] + rows["clip_high"]).tolist()
+
+
+def test_the_limit_cases_do_clip(plain, plain_steps):
+    assert clipped(plain)[0] == 0 and max(clipped(plain)) > 0
+    assert max(clipped(plain_steps)) > 0
+
+
+def test_length_fair_range_on_chunks_of_one_step_is_plain_clipping(folder, plain_steps):
+    found = run(folder, "length_steps", chunker="step", trust_region="clip:length")
+    assert torch.equal(weights(found), weights(plain_steps))
+
+
+@pytest.mark.parametrize("rule", ["clip:length", "clip:spread"])
+def test_a_range_that_follows_the_chunk_changes_what_is_clipped(folder, plain, rule):
+    found = run(folder, rule.replace(":", "_"), trust_region=rule)
+    columns = ["clip_low_by_chunk", "clip_high_by_chunk"]
+    assert not read_rows(found)[columns].equals(read_rows(plain)[columns])
+    assert not torch.equal(weights(found), weights(plain))
