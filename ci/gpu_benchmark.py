@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from chunk_grpo_nb.analysis.memory import SHAPES
+from chunk_grpo_nb.analysis.architectures import SHAPES
 from chunk_grpo_nb.models.policy import Sampler, load_policy
 from chunk_grpo_nb.objective import chunk_ratio
 from chunk_grpo_nb.prompts import Prompt

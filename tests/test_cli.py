@@ -1,9 +1,13 @@
 """The console command: every command once on a tiny model, and every refusal in one line."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -13,12 +17,14 @@ import yaml
 from PIL import Image
 from test_sweep import write
 
+import chunk_grpo_nb
 from chunk_grpo_nb.analysis.cli import main, make_parser
 from chunk_grpo_nb.models.tiny import tiny_pipeline
-from chunk_grpo_nb.rewards.registry import RewardError
+from chunk_grpo_nb.rewards.registry import RewardError, make_reward
 
 REWARD = "test_cli:redness"
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = "train evaluate sample benchmark plan report run sweep serve".split()
 
 
 def redness(images, prompts, metadata):
@@ -114,6 +120,146 @@ def test_sample_draws_a_row_per_prompt(home):
     assert width > height > 96
 
 
+def test_batches_change_no_image(home, capsys, monkeypatch):
+    """`--batch` and the run's `rollout_batch` bound a call; the images stay the same."""
+    from chunk_grpo_nb.models.policy import Policy
+
+    calls, draw = [], Policy.sample
+
+    def watched(self, prompts, *rest, **options):
+        calls.append(len(prompts))
+        return draw(self, prompts, *rest, **options)
+
+    monkeypatch.setattr(Policy, "sample", watched)
+    words = ["sample", str(home / "run"), "red circle", "blue square", "--images", "3"]
+    assert main([*words, "--out", str(home / "whole.png")]) == 0
+    assert main([*words, "--batch", "4", "--out", str(home / "parts.png")]) == 0
+    assert calls == [6, 4, 2]
+    whole, parts = (Image.open(home / f"{name}.png").tobytes() for name in ("whole", "parts"))
+    assert whole == parts
+    settings = home / "run/config.yaml"
+    before = settings.read_text()
+    settings.write_text(before.replace("rollout_batch: 0", "rollout_batch: 5"))
+    try:
+        assert main([*words, "--out", str(home / "run_batch.png")]) == 0
+    finally:
+        settings.write_text(before)
+    assert calls[3:] == [5, 1]
+
+
+def test_benchmark_fills_the_official_layout(home, capsys, monkeypatch):
+    data = {"tag": "single_object", "include": [{"class": "cup", "count": 1}]}
+    lines = [json.dumps({**data, "prompt": f"a photo of a {name}"}) for name in ("cup", "red cup")]
+    (home / "evaluation_metadata.jsonl").write_text("\n".join(lines))
+    words = ["benchmark", "geneval", str(home / "evaluation_metadata.jsonl")]
+    words += ["--model", str(home / "run"), "--out", str(home / "geneval"), "--images", "2"]
+    assert main([*words, "--steps", "2"]) == 0
+    images = sorted(p.relative_to(home / "geneval") for p in (home / "geneval").rglob("*.png"))
+    assert [str(p) for p in images] == [
+        f"0000{k}/samples/0000{i}.png" for k in range(2) for i in range(2)
+    ]
+    out = capsys.readouterr().out
+    assert "4 new images" in out and "evaluate_images.py" in out
+    assert main([*words, "--steps", "2"]) == 0
+    assert "0 new images" in capsys.readouterr().out, "what is there is not drawn again"
+    assert main([*words, "--steps", "3"]) == 2
+    assert "holds images of something else" in capsys.readouterr().err
+    assert main([*words, "--steps", "2", "--base"]) == 2, "other weights, another folder"
+    wise = [w if w != "geneval" else "wise" for w in words]
+    assert main([*wise, "--score"]) == 2
+    assert "cannot be scored here" in capsys.readouterr().err
+
+
+def test_benchmark_takes_weights_beside_a_model(home):
+    (home / "one.jsonl").write_text(
+        json.dumps({"prompt_id": 7, "Prompt": "a cup", "prompt": "a cup"}) + "\n"
+    )
+    words = ["benchmark", "wise", str(home / "one.jsonl"), "--steps", "2", "--size", "16"]
+    pictures = []
+    for name, source in {
+        "run": ["--model", str(home / "run")],
+        "weights": ["--model", str(home / "flux"), "--weights", str(home / "run/policy")],
+    }.items():
+        assert main([*words, *source, "--out", str(home / f"wise_{name}")]) == 0
+        pictures.append((home / f"wise_{name}/7.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def wait_for_server(address):
+    """Until the address answers, a minute at most."""
+    for _ in range(600):
+        try:
+            return urllib.request.urlopen(address, timeout=5).read()
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(address)
+
+
+def test_serve_answers_over_http(tmp_path):
+    """The real command on a free port scores an image, and Ctrl-C ends it without a traceback."""
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed: no server to start")
+    pytest.importorskip("fastapi", reason="fastapi is not installed: no server to start")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "chunk_grpo_nb.analysis.cli", "serve", REWARD, "--port", str(port)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert "serving" in server.stdout.readline()
+        wait_for_server(f"http://127.0.0.1:{port}/health")
+        reward = make_reward(f"http://127.0.0.1:{port}/redness")
+        assert reward([Image.new("RGB", (8, 8), "red")], ["red"], [{}]).tolist() == [1.0]
+        server.send_signal(signal.SIGINT)
+        _, err = server.communicate(timeout=60)
+        assert server.returncode in (0, 130) and "Traceback" not in err, err
+    finally:
+        server.kill()
+
+
+def test_ctrl_c_of_run_says_where_it_stopped(tmp_path):
+    write(tmp_path / "slow.ipynb", "import time\ntime.sleep(600)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chunk_grpo_nb.analysis.cli", "run", "slow.ipynb", "out.ipynb"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "out.ipynb").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "chunk-grpo run: stopped. What was executed is in out.ipynb" in err
+
+
+def test_report_says_what_to_install(home, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "seaborn", None)
+    for name in [m for m in sys.modules if m.startswith("chunk_grpo_nb.analysis.")]:
+        if name.rpartition(".")[2] in ("pages", "plots", "curves"):
+            monkeypatch.delitem(sys.modules, name)
+    assert main(["report", str(home / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "pip install seaborn" in err and err.count("\n") == 1, err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == chunk_grpo_nb.__version__
+
+
 def test_report_is_one_file_with_its_pictures_inside(home):
     assert main(["report", str(home / "run")]) == 0
     page = (home / "run/report.html").read_text()
@@ -189,7 +335,7 @@ def test_debug_shows_the_error_itself():
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("train", "evaluate", "sample", "plan", "report", "run", "sweep", "serve"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as end:
             main([command, "--help"])
         assert end.value.code == 0
@@ -220,7 +366,11 @@ def test_the_installed_command_answers_without_heavy_imports():
     "words, message",
     [
         ("sample x red --images 0 --out x.png", "--images: '0': a whole number of at least 1"),
+        ("sample x red --images -1 --out x.png", "--images: '-1': a whole number"),
+        ("sample x red --batch 0 --out x.png", "--batch: '0': a whole number"),
         ("evaluate x --images -1 --out x.csv", "--images: '-1': a whole number"),
+        ("benchmark genevil x --model x --out x", "invalid choice"),
+        ("benchmark wise x --out x", "--model"),
         ("plan --processes 0", "--processes: '0': a whole number"),
         ("plan --processes \u00b2", "a whole number"),
         ("sweep x.yaml --jobs two", "--jobs: 'two': a whole number"),

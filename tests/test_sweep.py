@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -335,6 +336,37 @@ def test_ctrl_c_stops_workers_and_says_how_to_go_on(checkout):
     assert process.returncode == 130 and "Traceback" not in err, err
     assert "stopped with 0 of 2 trials done; the same command goes on" in err
     wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"interrupted"}, 10)
+
+
+def kill_when_running(started, pid):
+    """SIGKILL for a worker as soon as two trials run."""
+    wait_for(lambda: len(list(started.iterdir())) == 2, 400)
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_cluster_loses_a_worker_and_the_sweep_ends(checkout):
+    """Two Dask workers, one killed in the middle of a trial, which then runs again."""
+    reason = "distributed is not installed: pip install chunk_grpo_nb[cluster]"
+    distributed = pytest.importorskip("distributed", reason=reason)
+    started = checkout / "started"
+    started.mkdir()
+    code = (
+        f"import pathlib, time, uuid\npathlib.Path({str(started)!r}, f'{{uuid.uuid4()}}').touch()"
+    )
+    write(checkout / "nbs/experiments/toy.ipynb", f"{code}\ntime.sleep(lr)")
+    grid = sweep(checkout, "experiment: toy\ngrid: {seed: [1, 2, 3], lr: [5.0]}")
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster:
+        killed = cluster.workers[0].pid
+        thread = threading.Thread(target=kill_when_running, args=(started, killed))
+        thread.start()
+        address = cluster.scheduler_address
+        run_sweep(grid, checkout / "out", 2, report=str, backend="dask", scheduler=address)
+        thread.join()
+        assert killed not in {worker.pid for worker in cluster.workers.values()}
+    assert (sweep_status(grid, checkout / "out").status == "done").all()
+    assert len(list(started.iterdir())) == 4, "three trials, one of them twice"
 
 
 def test_workers_end_with_a_killed_parent(checkout):

@@ -289,6 +289,7 @@ def run_benchmark(
     seed: int = 0,
     batch_size: int = 4,
     on_progress: Callable[[int, int], None] | None = None,
+    images_per_prompt: int | None = None,  # of GenEval; None: the 4 of its authors
 ) -> BenchmarkResult:
     """Generate a benchmark's images in its official layout, and score what can be scored here.
 
@@ -301,13 +302,17 @@ def run_benchmark(
         )
     if scorer is not None and benchmark != "geneval":
         raise ValueError(f"{benchmark} cannot be scored here; only geneval takes a scorer")
+    if images_per_prompt and benchmark != "geneval":
+        raise ValueError(f"{benchmark} fixes its images per prompt; only geneval lets you choose")
     prompts = prompts if isinstance(prompts, list) else load_prompts(prompts)
     options = dict(seed=seed, on_progress=on_progress, made_by=made_by)
     if benchmark == "dpg":
         generated = generate_dpg(prompts, generate, folder, **options)
+    elif benchmark == "wise":
+        generated = generate_wise(prompts, generate, folder, batch_size=batch_size, **options)
     else:
-        fill = generate_geneval if benchmark == "geneval" else generate_wise
-        generated = fill(prompts, generate, folder, batch_size=batch_size, **options)
+        options |= {"batch_size": batch_size, "images_per_prompt": images_per_prompt or 4}
+        generated = generate_geneval(prompts, generate, folder, **options)
     scores = None
     if scorer is not None:
         table = score_folder(folder, scorer)
