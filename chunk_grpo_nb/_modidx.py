@@ -1533,6 +1533,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'chunk_grpo_nb/shapes/rewards.py'),
                                               'chunk_grpo_nb.shapes.rewards._verifier': ( 'shapes/rewards.html#_verifier',
                                                                                           'chunk_grpo_nb/shapes/rewards.py'),
+                                              'chunk_grpo_nb.shapes.rewards.image_features': ( 'shapes/rewards.html#image_features',
+                                                                                               'chunk_grpo_nb/shapes/rewards.py'),
                                               'chunk_grpo_nb.shapes.rewards.load_scorer': ( 'shapes/rewards.html#load_scorer',
                                                                                             'chunk_grpo_nb/shapes/rewards.py'),
                                               'chunk_grpo_nb.shapes.rewards.shapes_clip': ( 'shapes/rewards.html#shapes_clip',

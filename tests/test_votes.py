@@ -134,8 +134,8 @@ def test_too_few_votes_are_refused():
 def test_the_reward_scores_as_the_taste_does(pairs, tmp_path):
     left, right = (redness([getattr(p, side) for p in pairs]) for side in ("left", "right"))
     taste = fit_taste(left, right, (left[:, 0] > right[:, 0]).double())
-    save_taste(taste, tmp_path / "taste.safetensors", f"{__name__}:redness")
-    reward = make_reward("votes", path=str(tmp_path / "taste.safetensors"))
+    save_taste(taste, tmp_path / "new" / "taste.safetensors", f"{__name__}:redness")
+    reward = make_reward("votes", path=str(tmp_path / "new" / "taste.safetensors"))
     images = [picture(v) for v in (0, 100, 200)]
     values = score(reward, images, ["p"] * 3)
     assert values.tolist() == sorted(values.tolist()) and values[2] > values[0]
@@ -163,3 +163,10 @@ def test_prompts_of_an_image_folder_may_hold_any_character_but_a_line_feed(tmp_p
     row = json.dumps({"file_name": "0.png", "prompt": "a\u2028b\x85c"}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_text(row + "\n\n", encoding="utf-8")
     assert read_image_folder(tmp_path)[0] == ["a\u2028b\x85c"]
+
+
+def test_pairs_that_differ_most_come_first():
+    images = [picture(v) for v in (0, 10, 200)]
+    features = redness(images)
+    (pair,) = make_pairs(["a square"] * 3, images, count=1, features=features)
+    assert {pair.left.getpixel((0, 0))[0], pair.right.getpixel((0, 0))[0]} == {0, 200}

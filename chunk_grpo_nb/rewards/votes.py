@@ -49,14 +49,22 @@ def make_pairs(
     images: Sequence[Image.Image],
     count: int,
     seed: int = 0,
+    features: Tensor | None = None,  # (n, d): with these, pairs that differ most come first
 ) -> list[Pair]:
-    """Draw `count` different pairs at random, each of two images of one prompt, prompts in turn."""
+    """Draw `count` different pairs, each of two images of one prompt, prompts in turn.
+
+    Which two is left to chance, or with `features` to their distance: a choice between pictures
+    that differ says more. Raises `ValueError` where there are not enough pairs.
+    """
     generator = torch.Generator().manual_seed(seed)
     by_prompt: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_prompt.setdefault(prompt, []).append(i)
     pools = [torch.combinations(torch.tensor(rows)).tolist() for rows in by_prompt.values()]
     pools = [[pool[k] for k in torch.randperm(len(pool), generator=generator)] for pool in pools]
+    if features is not None:
+        for pool in pools:
+            pool.sort(key=lambda pair: float((features[pair[0]] - features[pair[1]]).norm()))
     if sum(map(len, pools)) < count:
         raise ValueError(
             f"{count} pairs were asked for, but {len(images)} images of {len(by_prompt)} prompts "
@@ -392,6 +400,8 @@ def save_taste(
         "features": features,
     }
     tensors = {"weights": taste.weights.contiguous(), "scale": taste.scale.contiguous()}
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(path), metadata=fit)
 
 

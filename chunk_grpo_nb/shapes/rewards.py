@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shapes_settings', 'wanted_conditions', 'shapes_dense', 'shapes_strict', 'shapes_utility', 'shapes_early',
            'shapes_late', 'shapes_hue', 'shapes_size', 'shapes_vivid', 'shapes_crisp', 'load_scorer', 'text_ids',
-           'similarity', 'shapes_clip', 'shapes_pick']
+           'similarity', 'image_features', 'shapes_clip', 'shapes_pick']
 
 # %% ../../nbs/shapes/04_rewards.ipynb #5ccf15a5
 import json
@@ -146,6 +146,17 @@ def similarity(model, tokenizer, images, prompts: Sequence[str], batch: int = 25
         output = model(input_ids=ids[rows], pixel_values=pixels[rows])
         parts.append((output.image_embeds * output.text_embeds).sum(-1))
     return torch.cat(parts) if parts else torch.zeros(0)
+
+# %% ../../nbs/shapes/04_rewards.ipynb #5f1c2a91
+@torch.no_grad()
+def image_features(images, batch: int = 256) -> torch.Tensor:
+    """`(n, 64)` image embeddings of the shipped CLIP, of length 1."""
+    model, _ = load_scorer("clip")
+    pixels = pixel_values(as_pixels(images))
+    parts = [
+        model.get_image_features(pixel_values=part).pooler_output for part in pixels.split(batch)
+    ]
+    return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
 # %% ../../nbs/shapes/04_rewards.ipynb #41a30e98
 @register_reward("shapes_clip")
