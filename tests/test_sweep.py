@@ -332,7 +332,7 @@ def test_ctrl_c_stops_workers_and_says_how_to_go_on(checkout):
     grid = load_sweep(checkout / "grid.yaml")
     wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"running"})
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert "stopped with 0 of 2 trials done; the same command goes on" in err
     wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"interrupted"}, 10)
