@@ -1,10 +1,12 @@
 """Runs nbdev-test on every library notebook and compares what it shows with what is committed.
 
-    python ci/nbdev_tests.py [NOTEBOOK ...]
+    python ci/nbdev_tests.py [--strict] [NOTEBOOK ...]
 
 Each notebook runs in a process of its own, two at a time, so that none can lean on another or stop
-it. It runs in a copy of nbs/, which gets the new outputs; their text must be that of the committed
-ones, numbers within one per cent. A cell tagged `varies` (times, hardware) is not compared.
+it. It runs in a copy of nbs/, which gets the new outputs. Where their text is not that of the
+committed ones (numbers within one per cent, white space aside), both are shown; with --strict that
+fails too, since other machines and terminals print other digits and widths. A cell tagged `varies`
+(times, hardware) is not compared.
 """
 
 import json
@@ -74,6 +76,7 @@ def shown_text(cell: dict) -> str:
 
 def same_text(old: str, new: str) -> bool:
     """True if two texts agree in words exactly and in numbers within TOLERANCE."""
+    old, new = (" ".join(text.split()) for text in (old, new))
     if NUMBER.split(old) != NUMBER.split(new):
         return False
     numbers = zip(NUMBER.findall(old), NUMBER.findall(new), strict=True)
@@ -118,8 +121,8 @@ def library_notebooks() -> list[Path]:
     return [path for path in found if not EXCEPTIONS & set(path.parts)]
 
 
-def main(notebooks: list[Path]) -> int:
-    """Print a line per notebook as it ends; 1 if any failed or shows something else."""
+def main(notebooks: list[Path], strict: bool = False) -> int:
+    """Print a line per notebook as it ends; 1 if any failed or, if strict, shows something else."""
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +131,7 @@ def main(notebooks: list[Path]) -> int:
         (folder / "data").symlink_to(ROOT / "data")
         with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
             for result in pool.map(lambda path: check(path, folder), notebooks):
-                failed += bool(result.error or result.changes)
+                failed += bool(result.error or (strict and result.changes))
                 verdict = "FAILED" if result.error else "CHANGED" if result.changes else "passed"
                 print(f"{verdict:7} {result.seconds:6.1f} s  {result.notebook.name}", flush=True)
                 for text in (result.error, *result.changes):
@@ -138,4 +141,5 @@ def main(notebooks: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main([Path(name).resolve() for name in sys.argv[1:]] or library_notebooks()))
+    named = [Path(name).resolve() for name in sys.argv[1:] if name != "--strict"]
+    sys.exit(main(named or library_notebooks(), strict="--strict" in sys.argv))
