@@ -126,6 +126,40 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, it holds a {type(value).__name__}")
     return value
 
+# %% ../../nbs/training/02_records.ipynb #e6ff8840
+_INDEX_ENTRY = {"iteration": int, "hash": str, "parts": dict, "rows": dict}
+
+
+def _read_index(folder: Path) -> dict[str, dict]:
+    """File name -> checksum, parts and row counts of each finished checkpoint, oldest first."""
+    path = folder / "index.json"
+    if not path.exists():
+        return {}
+    index = _read_json(path)
+    for name, entry in index.items():
+        known = isinstance(entry, dict) and all(
+            isinstance(entry.get(key), kind) for key, kind in _INDEX_ENTRY.items()
+        )
+        if not known or Path(name).name != name:
+            raise ValueError(f"{path} is damaged at {name!r}; delete that entry, or start again")
+    return dict(sorted(index.items()))
+
+
+def _checkpoint_index(run: RunFolder) -> dict[str, dict]:
+    """The index of a run. Raises ValueError for checkpoints without one."""
+    folder = run.path / "checkpoints"
+    found = sorted(path.name for path in folder.glob("iteration_*.pt"))
+    if found and not (folder / "index.json").exists():
+        raise ValueError(
+            f"{folder} holds {', '.join(found)} but no index.json: an older version wrote them, or "
+            "the index is lost; finish with that version, or start again in another folder"
+        )
+    return _read_index(folder)
+
+
+def _write_index(run: RunFolder, index: Mapping[str, dict]) -> None:
+    _write_json(run.path / "checkpoints" / "index.json", index)
+
 # %% ../../nbs/training/02_records.ipynb #cc740cbd
 class RunFolder:
     """One run on disk. `create` starts one, `open` reads one."""
@@ -286,40 +320,6 @@ def read_table(run: RunFolder, name: str) -> pd.DataFrame:
         names = sorted(p.stem for p in run.path.glob("*.parquet"))
         raise FileNotFoundError(f"{run.path} has no table {name!r}; it has {names}")
     return pd.read_parquet(path)
-
-# %% ../../nbs/training/02_records.ipynb #e6ff8840
-_INDEX_ENTRY = {"iteration": int, "hash": str, "parts": dict, "rows": dict}
-
-
-def _read_index(folder: Path) -> dict[str, dict]:
-    """File name -> checksum, parts and row counts of each finished checkpoint, oldest first."""
-    path = folder / "index.json"
-    if not path.exists():
-        return {}
-    index = _read_json(path)
-    for name, entry in index.items():
-        known = isinstance(entry, dict) and all(
-            isinstance(entry.get(key), kind) for key, kind in _INDEX_ENTRY.items()
-        )
-        if not known or Path(name).name != name:
-            raise ValueError(f"{path} is damaged at {name!r}; delete that entry, or start again")
-    return dict(sorted(index.items()))
-
-
-def _checkpoint_index(run: RunFolder) -> dict[str, dict]:
-    """The index of a run. Raises ValueError for checkpoints without one."""
-    folder = run.path / "checkpoints"
-    found = sorted(path.name for path in folder.glob("iteration_*.pt"))
-    if found and not (folder / "index.json").exists():
-        raise ValueError(
-            f"{folder} holds {', '.join(found)} but no index.json: an older version wrote them, or "
-            "the index is lost; finish with that version, or start again in another folder"
-        )
-    return _read_index(folder)
-
-
-def _write_index(run: RunFolder, index: Mapping[str, dict]) -> None:
-    _write_json(run.path / "checkpoints" / "index.json", index)
 
 # %% ../../nbs/training/02_records.ipynb #516b9a58
 def _remove(path: Path) -> None:
