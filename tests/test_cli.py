@@ -239,7 +239,8 @@ def test_ctrl_c_of_run_says_where_it_stopped(tmp_path):
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err, err
+    assert process.returncode == 130, err
+    assert "chunk_grpo_nb/analysis" not in err, err  # the kernel may show a traceback, we do not
     assert "chunk-grpo run: stopped. What was executed is in out.ipynb" in err
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from chunk_grpo_nb.rewards.registry import check_pairing, make_reward
+from chunk_grpo_nb.rewards.registry import make_reward
+from chunk_grpo_nb.rewards.scoring import check_pairing
 from chunk_grpo_nb.shapes.annotator import (
     BASE,
     LIMIT,

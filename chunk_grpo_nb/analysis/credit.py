@@ -161,10 +161,14 @@ def _estimates(products: Tensor, leave_out: bool) -> tuple[Tensor, Tensor]:
 
 
 def _cosine_and_noise(products: Tensor, reference: int, leave_out: bool = False) -> Tensor:
-    """(m, 2, E): cosine with the reference's mean gradient, and signal to noise of one prompt."""
+    """(m, 2, E): cosine with the reference's mean gradient, and signal to noise of one prompt.
+
+    A cosine is NaN where no signal was found, so that there is no direction to compare.
+    """
     signal, power = _estimates(products, leave_out)
-    own = signal.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
-    cosine = signal[:, :, reference] / (own * own[:, reference, None]).sqrt()
+    own = signal.diagonal(dim1=1, dim2=2)
+    lengths = own.where(own > 0, torch.nan).sqrt()
+    cosine = signal[:, :, reference] / (lengths * lengths[:, reference, None])
     return torch.stack([cosine, own / (power - own)], dim=1)
 
 # %% ../../nbs/analysis/09_credit.ipynb #0dfe6917
