@@ -16,8 +16,6 @@ import papermill
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 400_000  # of a notebook with its outputs
 MAX_LINES = 50  # of a code cell
-# Transition: cells of up to 130 lines, progress bars, links to what is to come.
-UNFINISHED = re.compile(r"/nbs/(training|analysis|rewards|experiments)/|13_continuation|05_proxies")
 PATHS = re.compile(r"(/home/|/Users/|/root/|/work/|[A-Z]:\\\\Users|site-packages)")
 PROGRESS_BAR = re.compile(r"\d+%\|")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -38,7 +36,7 @@ def text_of(output: dict) -> str:
     return "".join([*output.get("text", []), *shown])
 
 
-def check_output(output: dict, strict: bool) -> list[str]:
+def check_output(output: dict) -> list[str]:
     """What is wrong with one output."""
     found = []
     text = text_of(output)
@@ -46,19 +44,18 @@ def check_output(output: dict, strict: bool) -> list[str]:
         found.append(f"error output {output['ename']}")
     if output.get("name") == "stderr":
         found.append("output on stderr")
-    if strict and WIDGET in output.get("data", {}):
+    if WIDGET in output.get("data", {}):
         found.append("a widget that is dead without its kernel: drop it, or show a picture")
-    if strict and PROGRESS_BAR.search(text):
+    if PROGRESS_BAR.search(text):
         found.append("a progress bar in the output: switch it off")
     if match := PATHS.search(text):
         found.append(f"machine path {match[0]!r} in an output")
     return found
 
 
-def check_cell(cell: dict, room: str, strict: bool) -> list[str]:
+def check_cell(cell: dict, room: str) -> list[str]:
     """What is wrong with one cell."""
     found, source = [], source_of(cell)
-    most = MAX_LINES if strict else 130
     if stray := set(cell["metadata"]) - {"tags"}:
         found.append(f"stray metadata {sorted(stray)}: run nbdev-clean")
     if match := PATHS.search(source):
@@ -66,14 +63,14 @@ def check_cell(cell: dict, room: str, strict: bool) -> list[str]:
     if cell["cell_type"] != "code":
         return found
     lines = len(source.splitlines())
-    if lines > most:
-        found.append(f"{lines} lines, at most {most}: split it")
+    if lines > MAX_LINES:
+        found.append(f"{lines} lines, at most {MAX_LINES}: split it")
     if cell["execution_count"] is not None:
         found.append("execution count left: run nbdev-clean")
     if room == "experiments" and cell["outputs"]:
         found.append("output in an experiment's source: clear it")
     for output in cell["outputs"]:
-        found += check_output(output, strict)
+        found += check_output(output)
     return found
 
 
@@ -132,16 +129,14 @@ def check_notebook(path: Path) -> list[str]:
     found = check_metadata(path, nb)
     if "language_info does not say python" in found:
         return found  # papermill could not read it
-    strict = not UNFINISHED.search(path.as_posix())
-    if strict:
-        found += check_links(path, cells)
+    found += check_links(path, cells)
     if room in ("experiments", "tutorials"):
         found += check_parameters(path, cells, needed=room == "experiments")
     silent = room == "experiments" or any("default_exp __init__" in source_of(c) for c in cells)
     if not silent and not any(cell.get("outputs") for cell in cells):
         found.append("has no outputs: run it before committing")
     for number, cell in enumerate(cells):
-        wrong = check_cell(cell, room, strict)
+        wrong = check_cell(cell, room)
         found += [f"cell {number} ({cell.get('id')}): {what}" for what in wrong]
     return found
 

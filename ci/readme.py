@@ -127,11 +127,11 @@ def gain_rows(record: dict) -> list[list[str]]:
     return rows
 
 
-def ablation_intro(record: dict, facts: dict) -> str:
+def ablation_intro(record: dict, manifest: dict) -> str:
     """How much was run, and how large an effect it can show."""
     floor = next(n for n in record["noise_floor"]["rows"] if n["measure"] == record["reward"])
     seeds = record["gains"][0]["seeds"]
-    minutes = math.ceil(facts["cell_seconds"]["largest"] / 60)
+    minutes = math.ceil(manifest["trial_seconds"]["largest"] / 60)
     return (
         f"Does chunking help, and what about it? {len(record['gains'])} method variants on the "
         f"same {len(seeds)} seeds, each run at most {minutes} minutes on one core. Two runs of "
@@ -147,7 +147,7 @@ def ablation_intro(record: dict, facts: dict) -> str:
 def ablation_page() -> str:
     """The page of the committed ablation: what was run, gains, verdicts."""
     record = read_json(RESULTS / "ablation" / "verdicts.json")
-    facts = read_json(RESULTS / "ablation" / "facts.json")
+    manifest = read_json(RESULTS / "ablation" / "manifest.json")
     reward, gold, strict = (f"`{record[k]}`" for k in ("reward", "gold", "strict"))
     header = ["variant", "network evaluations", f"{reward} (trained)", f"{gold} (gold)"]
     header += [f"{strict} (gold, yes or no)", f"{reward}, interval over seeds"]
@@ -164,7 +164,7 @@ def ablation_page() -> str:
         "# The first ablation",
         "Written by `ci/readme.py` from the records in this folder; the executed notebook is "
         "[03_comparison.ipynb](03_comparison.ipynb).",
-        ablation_intro(record, facts),
+        ablation_intro(record, manifest),
         "![The runs of all variants, and their differences to step-level GRPO](comparison.png)",
         f"Change against the model before training. The first three intervals are over "
         f"{record['gains'][0][record['reward']]['n']} test prompts and hold for these runs; "

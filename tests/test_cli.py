@@ -285,7 +285,7 @@ def test_run_and_sweep(home, capsys):
     (home / "grid.yaml").write_text("experiment: toy\ngrid: {seed: [1, 9]}")
     words = ["sweep", str(home / "grid.yaml"), "--out", str(home / "results")]
     assert main([*words, "--status"]) == 0 and not (home / "results").exists()
-    assert main([*words, "--jobs", "2"]) == 1, "one cell fails"
+    assert main([*words, "--jobs", "2"]) == 1, "one trial fails"
     assert "failed: all-seed=9" in capsys.readouterr().out
 
 

@@ -24,8 +24,8 @@ from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.records import RunFolder, log_row, save_table
 
 
-def make_cell(folder, arm, seed, gain, key=None, prompts=5, hashes="abc", status="done"):
-    """A finished cell of the arm notebook, in miniature: two images of each prompt."""
+def make_trial(folder, arm, seed, gain, key=None, prompts=5, hashes="abc", status="done"):
+    """A finished trial of the arm notebook, in miniature: two images of each prompt."""
     place = folder / "trials" / f"{arm}-seed={seed}"
     run = RunFolder.create(
         place / "run",
@@ -79,7 +79,7 @@ def make_sweep(folder, arms=(("steps", 0.0), ("chunks", 0.2)), seeds=(0, 1, 2)):
     (folder / "sweep.json").write_text(json.dumps({"sweep": folder.name, "experiment": "02_arm"}))
     for arm, gain in arms:
         for seed in seeds:
-            make_cell(folder, arm, seed, gain)
+            make_trial(folder, arm, seed, gain)
     return folder
 
 
@@ -88,7 +88,7 @@ def test_every_number_of_a_sweep_is_in_the_table(tmp_path):
     rows = records.rows
     assert (
         list(rows.columns) == list(COLUMNS)
-        and records.facts["cells"] == 6
+        and records.manifest["trials"] == 6
         and set(records.pictures) == {"base", "steps", "chunks"}
     )
     one = rows[(rows.arm == "chunks") & (rows.seed == 1)]
@@ -117,10 +117,10 @@ def test_records_survive_the_disk_and_the_runs(tmp_path):
     make_sweep(sweeps / "one")
     make_sweep(sweeps / "two", arms=[("other", 0.1)])
     records = load_records(sweeps)
-    assert records.facts["sweeps"] == ["one", "two"] and records.facts["cells"] == 9
+    assert records.manifest["sweeps"] == ["one", "two"] and records.manifest["trials"] == 9
     kept = load_records(save_records(records, tmp_path / "kept"))
     pd.testing.assert_frame_equal(kept.rows, records.rows, check_dtype=False)
-    assert kept.facts == records.facts and all(
+    assert kept.manifest == records.manifest and all(
         p.parent == tmp_path / "kept" / "pictures" for p in kept.pictures.values()
     )
     save_records(kept, tmp_path / "kept")  # onto itself
@@ -134,12 +134,12 @@ def test_records_survive_the_disk_and_the_runs(tmp_path):
         set(load_records(tmp_path / "kept").pictures) == {"base", "steps", "chunks"}
         and own.read_bytes() == b"mine"
     )
-    assert records.facts["git_commits"] == {
+    assert records.manifest["git_commits"] == {
         "0123": {"arms": ["chunks", "other", "steps"], "dirty": False}
     }
 
 
-def test_unfinished_and_failed_cells_are_left_out(tmp_path):
+def test_unfinished_and_failed_trials_are_left_out(tmp_path):
     folder = make_sweep(tmp_path / "one")
     (folder / "trials" / "steps-seed=0" / "result.json").unlink()
     failed = folder / "trials" / "steps-seed=1" / "result.json"
@@ -153,19 +153,19 @@ def test_unfinished_and_failed_cells_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda f: make_cell(f, "zeta", 0, 0, hashes="xyz"), "hashes of model is xyz, but abc"),
-        (lambda f: make_cell(f, "zeta", 0, 0, prompts=10), "answered different questions"),
+        (lambda f: make_trial(f, "zeta", 0, 0, hashes="xyz"), "hashes of model is xyz, but abc"),
+        (lambda f: make_trial(f, "zeta", 0, 0, prompts=10), "answered different questions"),
         (
             lambda f: (
-                make_cell(f, "x", 7, 0),
+                make_trial(f, "x", 7, 0),
                 (f / "trials/x-seed=7").rename(f / "trials/y"),
-                make_cell(f, "x", 7, 0, key="other"),
+                make_trial(f, "x", 7, 0, key="other"),
             ),
             "with different parameters; rename one",
         ),
     ],
 )
-def test_cells_that_cannot_be_compared_are_refused(tmp_path, spoil, message):
+def test_trials_that_cannot_be_compared_are_refused(tmp_path, spoil, message):
     folder = make_sweep(tmp_path / "one")
     spoil(folder)
     with pytest.raises(ValueError, match=message):
@@ -183,17 +183,17 @@ def test_another_base_model_is_refused(tmp_path):
 def test_folders_that_hold_nothing(tmp_path):
     folder = make_sweep(tmp_path / "deep" / "other")
     (folder / "trials" / "steps-seed=0" / "run" / "summary.json").unlink()
-    with pytest.raises(FileNotFoundError, match="cells of the experiment 02_arm"):
+    with pytest.raises(FileNotFoundError, match="trials of the experiment 02_arm"):
         collect_sweeps([folder])
     with pytest.raises(FileNotFoundError, match="neither records"):
         load_records(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a results folder"):
         collect_sweeps([tmp_path])
-    with pytest.raises(ValueError, match="no finished cell"):
+    with pytest.raises(ValueError, match="no finished trial"):
         collect_sweeps([make_sweep(tmp_path / "empty", arms=[])])
 
 
-def test_a_cell_of_two_sweeps_is_kept_once_and_compared(tmp_path):
+def test_a_trial_of_two_sweeps_is_kept_once_and_compared(tmp_path):
     first, second = (
         make_sweep(tmp_path / "one"),
         make_sweep(tmp_path / "two", arms=[("steps", 0.0)], seeds=[0]),
@@ -201,7 +201,7 @@ def test_a_cell_of_two_sweeps_is_kept_once_and_compared(tmp_path):
     table = second / "trials" / "steps-seed=0" / "run" / "after.parquet"
     pd.read_parquet(table).assign(r=lambda t: t.r + 1e-3).to_parquet(table, index=False)
     records = collect_sweeps([first, second])
-    assert records.facts["repeated_cells"] == [
+    assert records.manifest["repeated_trials"] == [
         {"arm": "steps", "seed": 0, "largest_difference": pytest.approx(1e-3)}
     ]
     assert len(seed_means(records.rows, "r")) == 6

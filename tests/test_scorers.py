@@ -341,73 +341,72 @@ def test_jpeg_rewards_are_opposite_and_ordered():
 # ---------------------------------------------------------------- ImageReward
 
 
+class BlipReference:
+    """BLIP's layers from a flat state dict with the published names."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def norm(self, x, name, eps):
+        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def linear(self, x, name):
+        return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+
+    def perceptron(self, x, first, second):
+        return self.linear(F.gelu(self.linear(x, first)), second)
+
+    def attend(self, q, k, v, heads, bias=0):
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def vision(self, pixels, config):
+        """The ViT: (n, patches + 1, width)."""
+        v = "blip.visual_encoder."
+        kernel, bias = (self.state[f"{v}patch_embed.proj.{kind}"] for kind in ("weight", "bias"))
+        patches = F.conv2d(pixels, kernel, bias, stride=config.patch_size)
+        start = self.state[f"{v}cls_token"].expand(len(pixels), -1, -1)
+        x = torch.cat([start, patches.flatten(2).transpose(1, 2)], 1)
+        x = x + self.state[f"{v}pos_embed"]
+        for i in range(config.num_hidden_layers):
+            b = f"{v}blocks.{i}."
+            parts = self.linear(self.norm(x, f"{b}norm1", 1e-6), f"{b}attn.qkv").chunk(3, -1)
+            x = x + self.linear(self.attend(*parts, config.num_attention_heads), f"{b}attn.proj")
+            y = self.norm(x, f"{b}norm2", 1e-6)
+            x = x + self.perceptron(y, f"{b}mlp.fc1", f"{b}mlp.fc2")
+        return self.norm(x, f"{v}norm", 1e-6)
+
+    def attention(self, t, source, name, heads, bias):
+        """BERT's attention to `source`, with its residual."""
+        inputs = {"query": t, "key": source, "value": source}
+        parts = [self.linear(x, f"{name}.self.{part}") for part, x in inputs.items()]
+        y = self.linear(self.attend(*parts, heads, bias), f"{name}.output.dense")
+        return self.norm(t + y, f"{name}.output.LayerNorm", 1e-12)
+
+    def text(self, ids, mask, image, config):
+        """The BERT that attends to the image: (n, tokens, width)."""
+        e, heads = "blip.text_encoder.", config.num_attention_heads
+        words = self.state[f"{e}embeddings.word_embeddings.weight"][ids]
+        places = self.state[f"{e}embeddings.position_embeddings.weight"][: ids.shape[1]]
+        t = self.norm(words + places, f"{e}embeddings.LayerNorm", 1e-12)
+        bias = (1 - mask[:, None, None].float()) * -1e9
+        for i in range(config.num_hidden_layers):
+            b = f"{e}encoder.layer.{i}."
+            t = self.attention(t, t, f"{b}attention", heads, bias)
+            t = self.attention(t, image, f"{b}crossattention", heads, 0)
+            y = self.perceptron(t, f"{b}intermediate.dense", f"{b}output.dense")
+            t = self.norm(t + y, f"{b}output.LayerNorm", 1e-12)
+        return t
+
+
 def imagereward_reference(state, vision, text, pixels, ids, mask):
     """BLIP's ViT and cross-attending BERT, and the head, written from the published names."""
-
-    def norm(x, name, eps):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
-
-    def linear(x, name):
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def attend(q, k, v, heads, bias=None):
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        weights = (
-            q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + (0 if bias is None else bias)
-        ).softmax(-1)
-        return (weights @ v).transpose(1, 2).flatten(2)
-
-    v = "blip.visual_encoder."
-    x = (
-        F.conv2d(
-            pixels,
-            state[f"{v}patch_embed.proj.weight"],
-            state[f"{v}patch_embed.proj.bias"],
-            stride=vision.patch_size,
-        )
-        .flatten(2)
-        .transpose(1, 2)
-    )
-    x = torch.cat([state[f"{v}cls_token"].expand(len(x), -1, -1), x], 1) + state[f"{v}pos_embed"]
-    for i in range(vision.num_hidden_layers):
-        b = f"{v}blocks.{i}."
-        x = x + linear(
-            attend(
-                *linear(norm(x, f"{b}norm1", 1e-6), f"{b}attn.qkv").chunk(3, -1),
-                vision.num_attention_heads,
-            ),
-            f"{b}attn.proj",
-        )
-        x = x + linear(F.gelu(linear(norm(x, f"{b}norm2", 1e-6), f"{b}mlp.fc1")), f"{b}mlp.fc2")
-    x = norm(x, f"{v}norm", 1e-6)
-    e = "blip.text_encoder."
-    t = (
-        state[f"{e}embeddings.word_embeddings.weight"][ids]
-        + state[f"{e}embeddings.position_embeddings.weight"][: ids.shape[1]]
-    )
-    t = norm(t, f"{e}embeddings.LayerNorm", 1e-12)
-    bias = (1 - mask[:, None, None].float()) * -1e9
-    for i in range(text.num_hidden_layers):
-        b = f"{e}encoder.layer.{i}."
-        for kind, other, m in (("attention", None, bias), ("crossattention", x, None)):
-            source = t if other is None else other
-            y = attend(
-                *(
-                    linear(a, f"{b}{kind}.self.{n}")
-                    for a, n in ((t, "query"), (source, "key"), (source, "value"))
-                ),
-                text.num_attention_heads,
-                m,
-            )
-            t = norm(t + linear(y, f"{b}{kind}.output.dense"), f"{b}{kind}.output.LayerNorm", 1e-12)
-        t = norm(
-            t + linear(F.gelu(linear(t, f"{b}intermediate.dense")), f"{b}output.dense"),
-            f"{b}output.LayerNorm",
-            1e-12,
-        )
-    h = t[:, 0]
+    blip = BlipReference(state)
+    h = blip.text(ids, mask, blip.vision(pixels, vision), text)[:, 0]
     for i in (0, 2, 4, 6, 7):
-        h = linear(h, f"mlp.layers.{i}")
+        h = blip.linear(h, f"mlp.layers.{i}")
     return (h[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
@@ -475,76 +474,76 @@ def test_imagereward_equals_a_blip_reference(tmp_path):
 # ---------------------------------------------------------------- HPSv3
 
 
-@pytest.fixture(scope="module")
-def tiny_hpsv3(tmp_path_factory):
-    """A tiny Qwen2-VL in the published layout, a word tokenizer, and a template file."""
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
+QWEN_SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
-    folder = tmp_path_factory.mktemp("hpsv3")
-    special = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ]
-    words = {
-        w: i
-        for i, w in enumerate(
-            [
-                "<unk>",
-                *special,
-                *"a red cube two blue spheres dog on mat rate this : system user assistant".split(),
-            ]
-        )
-    }
+
+def save_word_tokenizer(folder):
+    """A tokenizer of a few whole words, and Qwen's special ones; returns word -> id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = "a red cube two blue spheres dog on mat rate this : system user assistant".split()
+    words = {word: i for i, word in enumerate(["<unk>", *QWEN_SPECIAL, *plain])}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=raw,
         unk_token="<unk>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=special,
+        additional_special_tokens=QWEN_SPECIAL,
     ).save_pretrained(folder)
-    config = Qwen2VLConfig(
-        text_config=dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=len(words) + 1,
-            bos_token_id=1,
-            eos_token_id=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-        ),
+    return words
+
+
+def tiny_qwen_config(words):
+    """Qwen2-VL with two layers."""
+    from transformers import Qwen2VLConfig
+
+    text = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(words) + 1,
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    )
+    return Qwen2VLConfig(
+        text_config=text,
         vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2),
         image_token_id=words["<|image_pad|>"],
         video_token_id=words["<|video_pad|>"],
         vision_start_token_id=words["<|vision_start|>"],
         vision_end_token_id=words["<|vision_end|>"],
     )
+
+
+@pytest.fixture(scope="module")
+def tiny_hpsv3(tmp_path_factory):
+    """A tiny Qwen2-VL in the published layout, a word tokenizer, and a template file."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("hpsv3")
+    config = tiny_qwen_config(save_word_tokenizer(folder))
     save_file(random_state(hpsv3.hpsv3_shapes(config)), folder / "HPSv3.safetensors")
     source = (
         'import nothing_here\nINSTRUCTION = """\nrate \n{text_prompt}\n"""\n'
         'prompt_with_special_token = """\nthis : <|Reward|>\n"""\n'
     )
-    (folder / "data_collator_qwen.py").write_text(source)
-    return (
-        folder,
-        config,
-        dict(
-            model=folder,
-            tokenizer=folder,
-            template=folder / "data_collator_qwen.py",
-            config=config,
-            dtype="float32",
-        ),
-    )
+    template = folder / "data_collator_qwen.py"
+    template.write_text(source)
+    places = {"model": folder, "tokenizer": folder, "template": template}
+    return folder, config, {**places, "config": config, "dtype": "float32"}
 
 
 def test_hpsv3_template_is_read_without_running_it(tiny_hpsv3, tmp_path):
@@ -661,31 +660,30 @@ def test_edit_distance(a, b, d):
     assert ocr.edit_distance(a, b) == ocr.edit_distance(b, a) == d
 
 
-def test_got_reader_runs_a_small_model(tmp_path):
-    """GOT-OCR 2.0 with random weights: one text per image, whatever is beside it."""
+def save_byte_tokenizer(folder):
+    """A tokenizer of single bytes and GOT's special tokens; returns token -> id."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        GotOcr2Config,
-        GotOcr2ForConditionalGeneration,
-        GotOcr2ImageProcessorPil,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {w: i for i, w in enumerate([*special, *letters])}
     raw = Tokenizer(models.BPE(vocab=words, merges=[]))
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
         tokenizer_object=raw,
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=special[1:],
-    ).save_pretrained(tmp_path)
-    GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    ).save_pretrained(folder)
+    return words
+
+
+def tiny_got_config(words):
+    """GOT-OCR 2.0 with one layer of each kind."""
+    from transformers import GotOcr2Config
+
     vision = dict(
         hidden_size=16,
         output_channels=8,
@@ -709,25 +707,25 @@ def test_got_reader_runs_a_small_model(tmp_path):
         eos_token_id=0,
         pad_token_id=0,
     )
+    images = {"image_token_index": words["<imgpad>"], "image_seq_length": 4}
+    return GotOcr2Config(vision_config=vision, text_config=text, **images)
+
+
+def test_got_reader_runs_a_small_model(tmp_path):
+    """GOT-OCR 2.0 with random weights: one text per image, whatever is beside it."""
+    from transformers import GotOcr2ForConditionalGeneration, GotOcr2ImageProcessorPil
+
+    config = tiny_got_config(save_byte_tokenizer(tmp_path))
+    GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
     torch.manual_seed(0)
-    GotOcr2ForConditionalGeneration(
-        GotOcr2Config(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=words["<imgpad>"],
-            image_seq_length=4,
-        )
-    ).save_pretrained(tmp_path)
+    GotOcr2ForConditionalGeneration(config).save_pretrained(tmp_path)
     read = ocr.got_reader(tmp_path, device="cpu", max_new_tokens=5)
     texts = read(IMAGES[:2])
-    assert (
-        len(texts) == 2
-        and all(isinstance(t, str) and "<im" not in t for t in texts)
-        and read(IMAGES[1:2]) == texts[1:]
-    )
-    assert score(
-        make_reward("ocr", model=tmp_path, device="cpu", max_new_tokens=5), IMAGES[:1], ['says "x"']
-    ).shape == (1,)
+    assert len(texts) == 2
+    assert all(isinstance(t, str) and "<im" not in t for t in texts)
+    assert read(IMAGES[1:2]) == texts[1:]
+    reward = make_reward("ocr", model=tmp_path, device="cpu", max_new_tokens=5)
+    assert score(reward, IMAGES[:1], ['says "x"']).shape == (1,)
 
 
 # ---------------------------------------------------------------- missing weights

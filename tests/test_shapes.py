@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from chunk_grpo_nb.prompts import load_prompts
 from chunk_grpo_nb.rewards.registry import make_reward
-from chunk_grpo_nb.shapes.proxies import near_miss, request_facts, scene_facts, truth
+from chunk_grpo_nb.shapes.proxies import near_miss, request_features, scene_features, truth
 from chunk_grpo_nb.shapes.report import balanced_requests
 from chunk_grpo_nb.shapes.rewards import wanted_conditions
 from chunk_grpo_nb.shapes.scenes import (
@@ -106,7 +106,7 @@ def test_prompt_files_hold_the_split(split):
 
 def test_scenes_fulfil_their_request_inside_the_frame(drawn):
     requests, scenes, pictures = drawn
-    assert truth(scene_facts(scenes), request_facts(requests)).diagonal().all()
+    assert truth(scene_features(scenes), request_features(requests)).diagonal().all()
     ground = np.array([scene.ground for scene in scenes])
     assert (
         np.abs(pictures[:, 0].mean(1) - ground).max() <= 1
@@ -163,7 +163,7 @@ def test_wrong_captions_are_refused(drawn):
     requests, scenes, pictures = drawn
     rng = np.random.default_rng(1)
     misses = [near_miss(r, rng) for r in requests]
-    wrong = ~truth(scene_facts(scenes), request_facts(misses)).diagonal()
+    wrong = ~truth(scene_features(scenes), request_features(misses)).diagonal()
     verdicts = verify_batch(pictures, [conditions(r) for r in misses])
     assert wrong.sum() > 500 and np.mean([v.strict for v, w in zip(verdicts, wrong) if w]) <= 0.01
 

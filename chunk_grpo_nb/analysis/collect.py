@@ -86,26 +86,23 @@ def ratio_table(
 
 # %% ../../nbs/analysis/04_collect.ipynb #c1dde274
 def _long(
-    table: pd.DataFrame, part: str, measures: Sequence[str], ids: Sequence[str]
+    table: pd.DataFrame, part: str, measures: Sequence[str], ids: Sequence[str] = ()
 ) -> pd.DataFrame:
     "One row per number: the columns `ids` kept, each of `measures` a row."
-    rows = table.melt(
-        id_vars=list(ids), value_vars=list(measures), var_name="measure", value_name="value"
-    )
+    columns = {"id_vars": list(ids), "value_vars": list(measures)}
+    rows = table.melt(**columns, var_name="measure", value_name="value")
     return rows.assign(part=part, value=rows["value"].astype(float))
 
 
 def _per_prompt(table: pd.DataFrame) -> pd.DataFrame:
     "A table of images as long rows: the mean over a prompt's images."
+    ids = ["prompt_index", "kind"]
     measures = [c for c in table.select_dtypes("number") if c not in ("prompt_index", "image")]
-    means = (
-        table.groupby(["prompt_index", "kind"], sort=False, dropna=False)[measures]
-        .mean()
-        .reset_index()
-    )
-    return _long(means, "test", measures, ["prompt_index", "kind"])
+    means = table.groupby(ids, sort=False, dropna=False)[measures].mean().reset_index()
+    return _long(means, "test", measures, ids)
 
 
+_PROGRESS = ["iteration", "update", "evaluations"]
 _TRAINING = ("grad_norm", "kl", "chunks", "mixed_groups", "clip_low", "clip_high")
 
 
@@ -115,7 +112,7 @@ def _training_rows(run: RunFolder) -> pd.DataFrame:
     rows = rows.assign(update=rows["step"])
     numbers = rows.select_dtypes("number").columns
     measures = [c for c in numbers if c.startswith("reward_") or c in _TRAINING]
-    return _long(rows, "training", measures, ["iteration", "update", "evaluations"])
+    return _long(rows, "training", measures, _PROGRESS)
 
 
 def _validation_rows(run: RunFolder) -> pd.DataFrame | None:
@@ -124,223 +121,219 @@ def _validation_rows(run: RunFolder) -> pd.DataFrame | None:
     if held_out.empty:
         return None
     rows = _with_progress(read_rows(run))
-    before = [
-        rows[rows["iteration"] < i][["step", "evaluations"]].max() for i in held_out.iteration
-    ]
-    before = pd.DataFrame(before).fillna(0).astype(int)
-    held_out = held_out.assign(
-        update=before["step"].to_numpy(), evaluations=before["evaluations"].to_numpy()
-    )
-    ids = ["iteration", "update", "evaluations"]
-    measures = [c for c in held_out.select_dtypes("number") if c not in ids]
-    return _long(held_out, "validation", measures, ids)
+    spent = rows[["step", "evaluations"]]
+    before = [spent[rows["iteration"] < i].max() for i in held_out["iteration"]]
+    before = pd.DataFrame(before).fillna(0).astype(int).to_numpy()
+    held_out = held_out.assign(update=before[:, 0], evaluations=before[:, 1])
+    measures = [c for c in held_out.select_dtypes("number") if c not in _PROGRESS]
+    return _long(held_out, "validation", measures, _PROGRESS)
 
 # %% ../../nbs/analysis/04_collect.ipynb #f1c356d5
 @dataclass(frozen=True)
-class _CellRecord:
+class _Trial:
+    "A finished run of a sweep, as long rows."
+
     arm: str
     seed: int
     key: str  # hash of all parameters
     rows: pd.DataFrame
-    before: pd.DataFrame  # the base model on the test prompts, long rows
+    before: pd.DataFrame  # the base model on the test prompts
     run: RunFolder
+    seconds: float  # of the whole trial
+    shown_prompts: list[str]  # of its pictures
 
 
-def _read_cell(place: Path) -> _CellRecord:
-    "One finished cell."
-    parameters, result = (
-        yaml.safe_load((place / name).read_text(encoding="utf-8"))
-        for name in ("parameters.yaml", "result.json")
-    )
-    run = RunFolder.open(place / "run")
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _cost_rows(run: RunFolder, seconds: Mapping[str, float]) -> pd.DataFrame:
+    "Long rows of seconds and network evaluations."
+    cost = {f"{name}_seconds": value for name, value in seconds.items()}
+    cost |= read_rows(run).filter(like="evaluations_").iloc[-1].to_dict()
+    return _long(pd.DataFrame([cost]), "cost", list(cost))
+
+
+def _read_trial(folder: Path) -> _Trial:
+    "One finished trial of the experiment `02_arm`; `FileNotFoundError` for any other."
+    run = RunFolder.open(folder / "run")
     for name in ("summary.json", "before.parquet", "after.parquet"):
         if not (run.path / name).is_file():
             raise FileNotFoundError(
-                f"{run.path} has no {name}; what is gathered here are cells of the experiment 02_arm"
+                f"{run.path} has no {name}; only trials of the experiment 02_arm are collected"
             )
-    seconds = json.loads((run.path / "summary.json").read_text(encoding="utf-8"))["seconds"]
-    spent = read_rows(run).filter(like="evaluations_").iloc[-1].to_dict()
-    cost = pd.DataFrame(
-        [
-            {
-                "whole_seconds": result["seconds"],
-                **{f"{k}_seconds": v for k, v in seconds.items()},
-                **spent,
-            }
-        ]
-    )
+    arm = yaml.safe_load((folder / "parameters.yaml").read_text(encoding="utf-8"))["arm"]
+    result, summary = _read_json(folder / "result.json"), _read_json(run.path / "summary.json")
+    whole, seed = result["seconds"], run.config.run.seed
     parts = [
         _training_rows(run),
         _validation_rows(run),
         _per_prompt(read_table(run, "after")),
-        _long(cost, "cost", list(cost), []),
+        _cost_rows(run, {"whole": whole, **summary["seconds"]}),
     ]
-    rows = pd.concat(parts, ignore_index=True).assign(
-        arm=parameters["arm"], seed=run.config.run.seed
-    )
-    return _CellRecord(
-        parameters["arm"],
-        run.config.run.seed,
-        result["key"],
-        rows,
-        _per_prompt(read_table(run, "before")),
-        run,
-    )
+    rows = pd.concat(parts, ignore_index=True).assign(arm=arm, seed=seed)
+    before = _per_prompt(read_table(run, "before"))
+    return _Trial(arm, seed, result["key"], rows, before, run, whole, summary["shown_prompts"])
 
 # %% ../../nbs/analysis/04_collect.ipynb #a17fd6b7
-COLUMNS = (
-    "arm",
-    "seed",
-    "part",
-    "iteration",
-    "update",
-    "evaluations",
-    "prompt_index",
-    "kind",
-    "measure",
-    "value",
-)
+COLUMNS = ("arm", "seed", "part", *_PROGRESS, "prompt_index", "kind", "measure", "value")
 
 
 @dataclass(frozen=True)
 class SweepRecords:
-    """What is left of one or more sweeps when the runs are gone."""
+    """What is left of one or more sweeps when the runs are gone.
 
-    rows: (
-        pd.DataFrame
-    )  # tidy, with the columns of `COLUMNS`; arm "base" is the model before training
-    facts: dict  # sweeps, cells, commits, versions, hashes, repeated cells, prompts of the pictures
+    `rows` is tidy, with the columns of `COLUMNS`; its arm "base" is the model before training.
+    """
+
+    rows: pd.DataFrame
+    manifest: dict  # sweeps, trials, seconds, commits, versions, hashes, repeated trials, prompts
     pictures: dict[str, Path]  # arm -> a strip of test images, of the arm's first seed
 
 
-def _same(cells: Sequence[_CellRecord], what: str) -> dict:
-    "The manifest entry `what` of all cells, which must not differ."
-    first = cells[0].run.manifest[what]
-    for cell in cells[1:]:
-        other = cell.run.manifest[what]
-        for name in {**first, **other}:
-            if first.get(name) != other.get(name):
+def _same(trials: Sequence[_Trial], what: str) -> dict:
+    "The manifest entry `what` of all trials, which must not differ."
+    first, expected = trials[0].run.path, trials[0].run.manifest[what]
+    for trial in trials[1:]:
+        found = trial.run.manifest[what]
+        for name in {**expected, **found}:
+            if expected.get(name) != found.get(name):
                 raise ValueError(
-                    f"{cell.run.path}: {what} of {name} is {other.get(name)}, but {first.get(name)} in {cells[0].run.path}; these cells cannot be compared"
+                    f"{trial.run.path}: {what} of {name} is {found.get(name)}, but "
+                    f"{expected.get(name)} in {first}; these trials cannot be compared"
                 )
-    return first
+    return expected
 
 
 def _distance(a: pd.DataFrame, b: pd.DataFrame, where: Path) -> float:
     "Largest difference of two tables of test rows, which must hold the same prompts and measures."
-    ids = ["prompt_index", "kind", "measure"]
-    both = a.merge(b, on=ids, suffixes=("_a", "_b"))
+    both = a.merge(b, on=["prompt_index", "kind", "measure"], suffixes=("_a", "_b"))
     if not len(both) == len(a) == len(b):
         raise ValueError(
-            f"{where}: {len(both)} of {len(a)} test rows in common; the cells answered different questions (evaluation_prompts, watched, test_prompts)"
+            f"{where}: {len(both)} of {len(a)} test rows in common; the trials answered "
+            "different questions (evaluation_prompts, watched, test_prompts)"
         )
     return float((both["value_a"] - both["value_b"]).abs().max())
 
 # %% ../../nbs/analysis/04_collect.ipynb #a133cb8c
-def collect_sweeps(
-    folders: Sequence[str | Path],  # results folders of sweeps
-) -> SweepRecords:
-    """Gather the finished cells of sweeps. `FileNotFoundError` for a folder that is none, `ValueError` where nothing is finished or cells cannot be compared."""
-    cells: list[_CellRecord] = []
-    for folder in map(Path, folders):
-        if not (folder / "sweep.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a results folder of a sweep (it has no sweep.json)"
-            )
-        results = sorted(folder.glob("trials/*/result.json"))
-        cells += [
-            _read_cell(r.parent)
-            for r in results
-            if json.loads(r.read_text(encoding="utf-8"))["status"] == "done"
-        ]
-    if not cells:
-        raise ValueError(f"no finished cell in {', '.join(map(str, folders))}; run the sweep first")
-    base, tables, kept, repeated = cells[0].before, [], {}, []
-    for cell in cells:
-        if (far := _distance(base, cell.before, cell.run.path)) > 1e-6:
+def _finished(folder: Path) -> list[_Trial]:
+    "The finished trials of one sweep."
+    if not (folder / "sweep.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a results folder of a sweep (it has no sweep.json)"
+        )
+    results = sorted(folder.glob("trials/*/result.json"))
+    done = [result for result in results if _read_json(result)["status"] == "done"]
+    return [_read_trial(result.parent) for result in done]
+
+
+def _check_same_base(trials: Sequence[_Trial]) -> None:
+    "The model before training must score alike in all trials."
+    first = trials[0]
+    for trial in trials:
+        distance = _distance(first.before, trial.before, trial.run.path)
+        if distance > 1e-6:
             raise ValueError(
-                f"{cell.run.path}: the model before training scores differently by up to {far:.2g} than in {cells[0].run.path}"
+                f"{trial.run.path}: the model before training scores differently "
+                f"by up to {distance:.2g} than in {first.run.path}"
             )
-        name = (cell.arm, cell.seed)
-        if name not in kept:
-            kept[name] = cell
-            tables.append(cell.rows)
-        elif kept[name].key != cell.key:
+
+
+def _without_repeats(trials: Sequence[_Trial]) -> tuple[list[_Trial], list[dict]]:
+    "One trial of each arm and seed, and how far its repeats lie from it."
+    kept: dict[tuple, _Trial] = {}
+    repeats = []
+    for trial in trials:
+        first = kept.setdefault((trial.arm, trial.seed), trial)
+        if first is trial:
+            continue
+        if first.key != trial.key:
             raise ValueError(
-                f"{cell.run.path} and {kept[name].run.path} are both arm {cell.arm!r}, seed {cell.seed}, with different parameters; rename one of the arms"
+                f"{trial.run.path} and {first.run.path} are both arm {trial.arm!r}, seed "
+                f"{trial.seed}, with different parameters; rename one of the arms"
             )
-        else:
-            test = [c.rows[c.rows["part"] == "test"] for c in (kept[name], cell)]
-            repeated.append(
-                {
-                    "arm": cell.arm,
-                    "seed": cell.seed,
-                    "largest_difference": _distance(*test, cell.run.path),
-                }
-            )
-    rows = pd.concat([base.assign(arm="base", seed=0), *tables], ignore_index=True).reindex(
-        columns=list(COLUMNS)
-    )
-    return SweepRecords(rows, _facts(folders, cells, repeated), _pictures(cells))
+        tests = [t.rows[t.rows["part"] == "test"] for t in (first, trial)]
+        distance = _distance(*tests, trial.run.path)
+        same = {"arm": trial.arm, "seed": trial.seed}
+        repeats.append({**same, "largest_difference": distance})
+    return list(kept.values()), repeats
 
 # %% ../../nbs/analysis/04_collect.ipynb #b1ee8415
-def _facts(folders: Sequence, cells: Sequence[_CellRecord], repeated: list) -> dict:
-    "What the table depends on besides the parameters, and what it cost."
-    seconds = [
-        c.rows.query("part == 'cost' and measure == 'whole_seconds'")["value"].item() for c in cells
-    ]
-    return {
-        "sweeps": [
-            json.loads((Path(f) / "sweep.json").read_text(encoding="utf-8"))["sweep"]
-            for f in folders
-        ],
-        "cells": len(cells),
-        "repeats": len(repeated),
-        "cell_seconds": {"sum": round(sum(seconds)), "largest": round(max(seconds))},
-        "git_commits": _commits(cells),
-        "versions": _same(cells, "versions"),
-        "hashes": _same(cells, "hashes"),
-        "repeated_cells": repeated,
-        "shown_prompts": json.loads(
-            (cells[0].run.path / "summary.json").read_text(encoding="utf-8")
-        )["shown_prompts"],
-    }
-
-
-def _commits(cells: Sequence[_CellRecord]) -> dict[str, dict]:
-    "Commit -> the arms whose cells it made, and whether files were changed beside it."
+def _commits(trials: Sequence[_Trial]) -> dict[str, dict]:
+    "Commit -> the arms whose trials it made, and whether files were changed beside it."
     found: dict[str, dict] = {}
-    for c in cells:
-        entry = found.setdefault(str(c.run.manifest["git_commit"]), {"arms": [], "dirty": False})
-        entry["arms"] = sorted({*entry["arms"], c.arm})
-        entry["dirty"] |= bool(c.run.manifest.get("git_dirty"))
+    for trial in trials:
+        manifest = trial.run.manifest
+        entry = found.setdefault(str(manifest["git_commit"]), {"arms": [], "dirty": False})
+        entry["arms"] = sorted({*entry["arms"], trial.arm})
+        entry["dirty"] |= bool(manifest.get("git_dirty"))
     return found
 
 
-def _pictures(cells: Sequence[_CellRecord]) -> dict[str, Path]:
+def _manifest(folders: Sequence[Path], trials: Sequence[_Trial], repeats: list[dict]) -> dict:
+    "What the table depends on besides the parameters, and what it cost."
+    seconds = [trial.seconds for trial in trials]
+    return {
+        "sweeps": [_read_json(folder / "sweep.json")["sweep"] for folder in folders],
+        "trials": len(trials),
+        "repeats": len(repeats),
+        "trial_seconds": {"sum": round(sum(seconds)), "largest": round(max(seconds))},
+        "git_commits": _commits(trials),
+        "versions": _same(trials, "versions"),
+        "hashes": _same(trials, "hashes"),
+        "repeated_trials": repeats,
+        "shown_prompts": trials[0].shown_prompts,
+    }
+
+
+def _pictures(trials: Sequence[_Trial]) -> dict[str, Path]:
     "Arm -> the strip of test images of its first seed, and of the base model."
-    found = {"base": cells[0].run.path / "before.png"}
-    for cell in sorted(cells, key=lambda c: c.seed):
-        found.setdefault(cell.arm, cell.run.path / "after.png")
+    found = {"base": trials[0].run.path / "before.png"}
+    for trial in sorted(trials, key=lambda t: t.seed):
+        found.setdefault(trial.arm, trial.run.path / "after.png")
     return {arm: path for arm, path in found.items() if path.is_file()}
 
+# %% ../../nbs/analysis/04_collect.ipynb #f85c3a62
+def collect_sweeps(
+    folders: Sequence[str | Path],  # results folders of sweeps
+) -> SweepRecords:
+    """Gather the finished trials of sweeps.
+
+    `FileNotFoundError` for a folder that is none, `ValueError` where nothing is finished or trials
+    cannot be compared.
+    """
+    folders = [Path(folder) for folder in folders]
+    trials = [trial for folder in folders for trial in _finished(folder)]
+    if not trials:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"no finished trial in {names}; run the sweep first")
+    _check_same_base(trials)
+    kept, repeats = _without_repeats(trials)
+    base = trials[0].before.assign(arm="base", seed=0)
+    rows = pd.concat([base, *(trial.rows for trial in kept)], ignore_index=True)
+    manifest = _manifest(folders, trials, repeats)
+    return SweepRecords(rows.reindex(columns=list(COLUMNS)), manifest, _pictures(trials))
+
 # %% ../../nbs/analysis/04_collect.ipynb #6b3601b1
+_NAMES = ("arm", "part", "kind", "measure")  # columns of words
+_COUNTS = ("seed", *_PROGRESS, "prompt_index")
+
+
 def save_records(
     records: SweepRecords,
     folder: str | Path,  # made if missing; records that lie there are replaced
 ) -> Path:
-    """Write `records.parquet`, `facts.json` and `pictures/ARM.png`; returns the folder."""
+    """Write `records.parquet`, `manifest.json` and `pictures/ARM.png`; returns the folder."""
     folder = Path(folder)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    rows = records.rows.astype({c: "category" for c in ("arm", "part", "kind", "measure")}).astype(
-        {c: "Int32" for c in ("seed", "iteration", "update", "evaluations", "prompt_index")}
-    )
-    rows.to_parquet(
-        folder / "records.parquet", index=False, compression="zstd", compression_level=19
-    )
-    (folder / "facts.json").write_text(json.dumps(records.facts, indent=1) + "\n", encoding="utf-8")
+    kinds = dict.fromkeys(_NAMES, "category") | dict.fromkeys(_COUNTS, "Int32")
+    options = {"compression": "zstd", "compression_level": 19}
+    records.rows.astype(kinds).to_parquet(folder / "records.parquet", index=False, **options)
+    text = json.dumps(records.manifest, indent=1) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
     for arm, picture in records.pictures.items():
-        if (target := folder / "pictures" / f"{arm}.png") != picture:
+        target = folder / "pictures" / f"{arm}.png"
+        if target != picture:
             target.write_bytes(picture.read_bytes())
     return folder
 
@@ -351,23 +344,16 @@ def load_records(
     """Records of a folder; one that holds none is refused with what it would need."""
     folder = Path(folder)
     if (folder / "records.parquet").is_file():
-        rows = pd.read_parquet(folder / "records.parquet")
-        rows = rows.astype({c: "object" for c in ("arm", "part", "kind", "measure")})
-        pictures = {
-            p.stem: p
-            for p in sorted((folder / "pictures").glob("*.png"))
-            if p.stem in set(rows["arm"])
-        }  # others are not ours
-        return SweepRecords(
-            rows, json.loads((folder / "facts.json").read_text(encoding="utf-8")), pictures
-        )
-    sweeps = (
-        [folder]
-        if (folder / "sweep.json").is_file()
-        else sorted(p.parent for p in folder.glob("*/sweep.json"))
-    )
+        rows = pd.read_parquet(folder / "records.parquet").astype(dict.fromkeys(_NAMES, "object"))
+        files = sorted((folder / "pictures").glob("*.png"))
+        pictures = {file.stem: file for file in files if file.stem in set(rows["arm"])}
+        return SweepRecords(rows, _read_json(folder / "manifest.json"), pictures)
+    if (folder / "sweep.json").is_file():
+        return collect_sweeps([folder])
+    sweeps = sorted(file.parent for file in folder.glob("*/sweep.json"))
     if not sweeps:
         raise FileNotFoundError(
-            f"{folder} holds neither records (records.parquet) nor results of sweeps (sweep.json); run chunk-grpo sweep FILE, or name its results folder"
+            f"{folder} holds neither records (records.parquet) nor results of sweeps "
+            "(sweep.json); run chunk-grpo sweep FILE, or name its results folder"
         )
     return collect_sweeps(sweeps)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
+from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -68,39 +69,45 @@ class LiveView(Callback):
         self.curve.append((iteration, float(score)))
         return images[: self.shown]
 
-    def _show(self, images: list) -> None:
-        """Show the figure, or replace the one that is there."""
-        from IPython.display import display
+# %% ../../nbs/analysis/10_live.ipynb #daca2fe4
+@patch
+def _draw_curves(self: LiveView, figure) -> None:
+    """Left the score of the watched images, right the clipped ratios."""
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    left.axhline(self.curve[0][1], color="0.4", linestyle=":", label="base model")
+    left.plot(*zip(*self.curve, strict=True), "o-", markersize=4, label="while training")
+    left.set(xlabel="iteration", ylabel=f"{self.name},\n{len(self.prompts)} held-out images")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(frameon=False)
+    if self.clipped:
+        right.plot(*zip(*self.clipped, strict=True), color="C3", drawstyle="steps-mid")
+    right.set(xlabel="update", ylabel="share of ratios clipped", ylim=(0, 1))
 
-        figure = self.figure(images)
-        if self.handle is None:
-            self.handle = display(figure, display_id=True)
-        else:
-            self.handle.update(figure)
-        plt.close(figure)
 
-    def figure(self, images: list) -> Figure:
-        """The figure with `images` as the newest row."""
-        figure = plt.figure(figsize=(9, 5.2), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-        self._draw_curves(above)
-        rows = {"base model": self.base, f"iteration {self.curve[-1][0]}": images}
-        axes = below.subplots(len(rows), len(images), squeeze=False)
-        for line, (label, row) in zip(axes, rows.items(), strict=True):
-            for axis, image in zip(line, row, strict=True):
-                axis.imshow(image, interpolation="nearest")
-                axis.set(xticks=[], yticks=[])
-            line[0].set_ylabel(label)
-        return figure
+@patch
+def figure(self: LiveView, images: list) -> Figure:
+    """The figure with `images` as the newest row."""
+    figure = plt.figure(figsize=(9, 5.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    self._draw_curves(above)
+    rows = {"base model": self.base, f"iteration {self.curve[-1][0]}": images}
+    axes = below.subplots(len(rows), len(images), squeeze=False)
+    for line, (label, row) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, row, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label)
+    return figure
 
-    def _draw_curves(self, figure) -> None:
-        """Left the score of the watched images, right the clipped ratios."""
-        left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        left.axhline(self.curve[0][1], color="0.4", linestyle=":", label="base model")
-        left.plot(*zip(*self.curve, strict=True), "o-", markersize=4, label="while training")
-        left.set(xlabel="iteration", ylabel=f"{self.name},\n{len(self.prompts)} held-out images")
-        left.xaxis.set_major_locator(MaxNLocator(integer=True))
-        left.legend(frameon=False)
-        if self.clipped:
-            right.plot(*zip(*self.clipped, strict=True), color="C3", drawstyle="steps-mid")
-        right.set(xlabel="update", ylabel="share of ratios clipped", ylim=(0, 1))
+
+@patch
+def _show(self: LiveView, images: list) -> None:
+    """Show the figure, or replace the one that is there."""
+    from IPython.display import display
+
+    figure = self.figure(images)
+    if self.handle is None:
+        self.handle = display(figure, display_id=True)
+    else:
+        self.handle.update(figure)
+    plt.close(figure)

@@ -60,7 +60,7 @@ def _validation_figures(run: RunFolder) -> dict[str, Figure]:
         figures[f"validation_{column}"] = figure
     return figures
 
-
+# %% ../../nbs/analysis/08_pages.ipynb #a958110f
 def run_figures(
     run: RunFolder,
     window: int = 5,  # updates averaged in the reward curves

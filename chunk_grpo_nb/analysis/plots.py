@@ -74,7 +74,7 @@ def shade_chunks(
                 color="0.3",
             )
 
-
+# %% ../../nbs/analysis/06_plots.ipynb #0e0e26c9
 def draw_dynamics(
     ax,
     curves,  # (steps,) or (trajectories, steps): relative distances
@@ -138,7 +138,7 @@ def _draw_clipping(ax, part: pd.DataFrame, sizes: Sequence[int]) -> None:
     ax.axhline(0, color="0.3", linewidth=0.8)
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
 
-
+# %% ../../nbs/analysis/06_plots.ipynb #a9b9e2c1
 def plot_ratios(
     table: pd.DataFrame,  # arm, update, index (of the unit), spread, clip_low, clip_high
     chunk_sizes: Mapping[str, Sequence[int]],  # arm -> steps of each unit; ones for step level

@@ -117,7 +117,7 @@ def _over_prompts(table: pd.DataFrame, column: str) -> Interval:
     "Images of one prompt are averaged: the prompt is the independent unit."
     return bootstrap_interval(table.groupby("prompt_index")[column].mean())
 
-
+# %% ../../nbs/analysis/05_statistics.ipynb #d1600f8b
 def paired_difference(
     before: pd.DataFrame,  # of `evaluation.evaluate`: prompt_index, image, kind, rewards
     after: pd.DataFrame,  # of the same prompts and images
@@ -213,7 +213,7 @@ def _difference_row(d: pd.Series, sd: float, degrees: int, comparisons: int) -> 
         "verdict": verdict(low, high),
     }
 
-
+# %% ../../nbs/analysis/05_statistics.ipynb #aed736b0
 def paired_by_seed(
     table: pd.DataFrame,  # one row per (arm, seed)
     y: str,

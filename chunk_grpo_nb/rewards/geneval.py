@@ -10,6 +10,7 @@ __all__ = ['objects_from_queries', 'detector_pixels', 'check_detector', 'find_ob
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -207,11 +208,7 @@ class GenEvalScorer:
         metadata = geneval_metadata(metadata)
         image = ImageOps.exif_transpose(image).convert("RGB")
         objects = self.objects(image, threshold=0.9 if metadata["tag"] == "counting" else 0.3)
-
-        def colours(found: list[Found], name: str) -> list[str]:
-            return self.colours(image, found, name)
-
-        return check_objects(objects, metadata, colours), objects
+        return check_objects(objects, metadata, partial(self.colours, image)), objects
 
     def __call__(
         self, images: list[Image.Image], prompts: list[str], metadata: list[dict]

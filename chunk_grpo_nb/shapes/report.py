@@ -16,7 +16,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from .rewards import similarity
-from .proxies import near_miss, request_facts, rewording, scene_facts, truth
+from chunk_grpo_nb.shapes.proxies import (
+    near_miss,
+    request_features,
+    rewording,
+    scene_features,
+    truth,
+)
 from .scenes import KINDS, all_requests, conditions, render, sample_scene
 from .training import captioned_scenes
 from .verifier import pixel_values, verify_batch
@@ -69,7 +75,7 @@ def verifier_report(vae, per_kind: int = 500, seed: int = 11) -> dict:
     pictures = render(scenes)
     rough = roughen(pictures, rng)
     misses = [near_miss(request, rng) for request in requests]
-    false = ~truth(scene_facts(scenes), request_facts(misses)).diagonal()
+    false = ~truth(scene_features(scenes), request_features(misses)).diagonal()
 
     def right(pictures, wanted) -> np.ndarray:
         return np.array([verdict.strict for verdict in verify_batch(pictures, wanted)])
@@ -143,12 +149,12 @@ def clip_report(model, tokenizer, per_kind: int = 200, choices: int = 16, seed: 
     rng = np.random.default_rng(seed)
     scenes, requests, captions = captioned_scenes(6 * per_kind, seed, (1,) * 6, "test")
     kinds = np.array([request.kind for request in requests])
-    pictures, shown = render(scenes), scene_facts(scenes)
+    pictures, shown = render(scenes), scene_features(scenes)
     own = similarity(model, tokenizer, pictures, captions)
     misses = [near_miss(request, rng) for request in requests]
-    false = ~truth(shown, request_facts(misses)).diagonal()
+    false = ~truth(shown, request_features(misses)).diagonal()
     near = similarity(model, tokenizer, pictures, [rewording(miss, rng) for miss in misses])
-    fits = truth(shown, request_facts(requests))
+    fits = truth(shown, request_features(requests))
     rivals = np.stack([rng.choice(np.flatnonzero(~row), choices) for row in fits])
     best = torch.full((len(scenes),), -torch.inf)
     for column in rivals.T:

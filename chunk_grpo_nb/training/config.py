@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'setting', 'PolicySettings', 'DataSettings', 'SamplingSettings', 'ObjectiveSettings',
@@ -244,34 +245,12 @@ class ObjectiveSettings(_Group):
     clip_high: float = setting(1e-3, "ratios are clipped at 1 + clip_high", above=0)
     kl_weight: float = setting(0.0, "beta of the KL to the reference policy", at_least=0)
 
-    @property
-    def reward_weights(self) -> dict[str, float]:
-        """Name -> weight of each reward."""
-        return {k: v["weight"] if isinstance(v, dict) else v for k, v in self.rewards.items()}
-
-    @property
-    def reward_options(self) -> dict[str, dict]:
-        """Name -> what the reward is made with, besides its name."""
-        return {name: _options(value) for name, value in self.rewards.items()}
-
-    @property
-    def step_weighting(self) -> str | None:
-        """What follows `step:` in `ratio`; None where steps are weighted alike or not at all."""
-        return self.ratio.partition(":")[2] or None
-
     def check(self) -> None:
         """Rewards are weighted by numbers; a weighting belongs to steps."""
         _check_rewards(self)
         _check_ratio(self)
 
 # %% ../../nbs/training/01_config.ipynb #6a0eeb96
-def _options(reward: Any) -> dict:
-    """What a reward is made with: all that is given of it but its weight."""
-    if not isinstance(reward, dict):
-        return {}
-    return {name: value for name, value in reward.items() if name != "weight"}
-
-
 def _check_ratio(objective: ObjectiveSettings) -> None:
     """A ratio belongs to a chunk, or to a step, whose weighting may follow."""
     level, colon, weighting = objective.ratio.partition(":")
@@ -305,6 +284,31 @@ def _check_rewards(objective: ObjectiveSettings) -> None:
                 f"names {unknown} that are not in rewards {sorted(objective.rewards)}; "
                 "list them there (weight 0 is allowed)",
             )
+
+# %% ../../nbs/training/01_config.ipynb #7c99fee4
+def _options(reward: Any) -> dict:
+    """What a reward is made with: all that is given of it but its weight."""
+    if not isinstance(reward, dict):
+        return {}
+    return {name: value for name, value in reward.items() if name != "weight"}
+
+
+@patch(as_prop=True)
+def reward_weights(self: ObjectiveSettings) -> dict[str, float]:
+    """Name -> weight of each reward."""
+    return {k: v["weight"] if isinstance(v, dict) else v for k, v in self.rewards.items()}
+
+
+@patch(as_prop=True)
+def reward_options(self: ObjectiveSettings) -> dict[str, dict]:
+    """Name -> what the reward is made with, besides its name."""
+    return {name: _options(value) for name, value in self.rewards.items()}
+
+
+@patch(as_prop=True)
+def step_weighting(self: ObjectiveSettings) -> str | None:
+    """What follows `step:` in `ratio`; None where steps are weighted alike or not at all."""
+    return self.ratio.partition(":")[2] or None
 
 # %% ../../nbs/training/01_config.ipynb #887d8b48
 @dataclass(frozen=True)
