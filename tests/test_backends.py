@@ -78,6 +78,50 @@ def test_no_step_where_nothing_moves(backend):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+class Engine:
+    """Stands in for DeepSpeed's: steps an optimiser along what it has gathered."""
+
+    def __init__(self, policy, optimizer):
+        self.policy, self.optimizer, self.boundary = policy, optimizer, False
+
+    def set_gradient_accumulation_boundary(self, last: bool):
+        self.boundary = last
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        assert self.boundary, "all passes were made"
+        self.norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.policy.trainable_parameters() if p.grad is not None]
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self):
+        return self.norm
+
+
+def test_the_engine_of_deepspeed_makes_no_step_where_nothing_moves(backend):
+    policy, optimizer = fresh()
+    config = make_config(device="cpu")
+    deep = DeepSpeed(config, backend.accelerator)
+    deep.engine = Engine(policy, optimizer)
+
+    def update(scale: float, moves: bool) -> float:
+        assert deep.agree_on_passes(2) == 2
+        for _ in range(2):
+            deep.backward(scale * policy.transformer.used(torch.ones(3)).sum())
+        return deep.step(policy, optimizer, max_norm=1.0, moves=moves)
+
+    assert update(1.0, moves=True) > 0
+    before = [p.clone() for p in policy.trainable_parameters()]
+    assert update(0.0, moves=False) == 0
+    pairs = zip(before, policy.trainable_parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs), "momentum and weight decay wait"
+    assert update(1.0, moves=True) > 0
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_no_step_along_a_gradient_that_is_not_finite(backend, value):
     policy, optimizer = fresh()

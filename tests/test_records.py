@@ -225,6 +225,7 @@ def test_changed_inputs_are_refused_with_both_hashes(run, tmp_path):
     changes = check_resume(run, run.config, hashes, allow_changed_inputs=True)
     rewind(run, None, run.config, changes)
     assert run.manifest["resumed"][0]["inputs"] == {"prompts": [then, hashes["prompts"]]}
+    assert not check_resume(run, run.config, hashes).inputs, "allowed once, they are the inputs"
 
 
 def test_more_iterations_are_written_down_or_refused(run):

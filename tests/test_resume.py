@@ -14,7 +14,9 @@ import torch
 from tiny_runs import make_folder, tiny_config
 
 from chunk_grpo_nb.models.policy import load_policy
+from chunk_grpo_nb.models.tiny import tiny_pipeline
 from chunk_grpo_nb.training.callbacks import Callback
+from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
 from chunk_grpo_nb.training.state import Trainer
 from chunk_grpo_nb.training.trainer import Interrupted, train
@@ -162,6 +164,37 @@ def test_other_prompts_in_the_same_file_are_refused(tmp_path):
     (folder / "prompts.txt").write_text("green square\nblue square\ntwo circle\n")
     with pytest.raises(ValueError, match="train_prompts had hash"):
         train(config, tmp_path / "run", resume=True)
+    longer = make_config(base=config, iterations=3)
+    run = train(longer, tmp_path / "run", resume=True, allow_changed_inputs=True)
+    assert read_rows(run, "timings")["iteration"].tolist() == [0, 1, 2]
+    assert set(run.manifest["resumed"][-1]["inputs"]) == {"train_prompts", "validation_prompts"}
+    train(longer, tmp_path / "run", resume=True)
+
+
+def test_other_base_weights_are_refused_or_allowed(tmp_path):
+    folder = make_folder(tmp_path)
+    config = tiny_config(folder)
+    train(config, tmp_path / "run")
+    pipe = tiny_pipeline("flux")
+    next(pipe.transformer.parameters()).data.add_(0.01)
+    pipe.save_pretrained(folder / "flux")
+    with pytest.raises(ValueError, match="model had hash"):
+        train(config, tmp_path / "run", resume=True)
+    run = train(config, tmp_path / "run", resume=True, allow_changed_inputs=True)
+    assert set(run.manifest["resumed"][-1]["inputs"]) == {"model"}
+
+
+def test_changed_inputs_are_seen_before_the_model_is_loaded(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path)
+    config = tiny_config(folder)
+    train(config, tmp_path / "run")
+    (folder / "prompts.txt").write_text("green square\n")
+    monkeypatch.setattr("chunk_grpo_nb.training.state.load_policy", None)
+    with pytest.raises(ValueError, match="train_prompts had hash"):
+        train(config, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="is for a resume"):
+        train(config, tmp_path / "new", allow_changed_inputs=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_two_processes_cannot_write_to_one_run(folder, tmp_path):

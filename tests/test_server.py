@@ -24,7 +24,7 @@ from chunk_grpo_nb.rewards.registry import (
     reward_function,
 )
 from chunk_grpo_nb.rewards.remote import RemoteReward, decode_image, encode_image
-from chunk_grpo_nb.rewards.scoring import check_pairing, score, score_async
+from chunk_grpo_nb.rewards.scoring import check_pairing, check_reachable, score, score_async
 from chunk_grpo_nb.rewards.server import Limits, running_server, serve
 
 pytest.importorskip("fastapi")
@@ -110,6 +110,7 @@ def test_scores_come_back_in_order_with_metadata(server):
         "status": "ok",
         "rewards": ["die", "hang", "nan", "picky", "width"],
         "max_batch": 3,
+        "needs_token": True,
     }
     assert check_pairing(remote, IMAGES, PROMPTS).tolist() == [10, 111, 212, 313, 414]
     assert score(
@@ -185,6 +186,46 @@ def test_scoring_overlaps_with_other_work(server):
         pending.result(timeout=20)
     both = WeightedReward({f"{server[0]}/width": 2.0}, {f"{server[0]}/width": {"token": "secret"}})
     assert score(both, IMAGES[:2], PROMPTS[:2]).tolist() == [20, 222]
+
+
+def test_a_server_is_asked_whether_it_will_answer(server):
+    check_reachable(client(server, "width"))
+    for name, token, message in (
+        ("height", "secret", "has no reward 'height'"),
+        ("width", "wrong", "status 401.*token"),
+        ("width", None, "wants a token"),
+    ):
+        with pytest.raises(RewardUnavailable, match=message):
+            check_reachable(client(server, name, token=token))
+    address = client(server, "height").url.replace("/score", "")
+    options = {address: {"token": "secret"}}
+    for reward in (
+        WeightedReward({address: 2.0}, options),
+        make_reward("win_rate", reward=address, options=options[address]),
+    ):
+        with pytest.raises(RewardUnavailable, match="has no reward 'height'"):
+            check_reachable(reward)
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:9/x", "vlm_judge", "vlm_preference"])
+def test_a_server_that_is_not_there_is_known_before_it_is_needed(name):
+    options = {"url": "http://127.0.0.1:9", "model": "m"} if "vlm" in name else {}
+    with pytest.raises(RewardUnavailable, match="Is the server up"):
+        check_reachable(make_reward(name, **options))
+
+
+@pytest.mark.parametrize("status, alive", [(200, True), (404, True), (502, False), (403, False)])
+def test_servers_without_our_health_are_only_asked_whether_they_answer(status, alive):
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, text="hello"))
+    for reward in (
+        RemoteReward("http://127.0.0.1:1/x", transport=transport),
+        make_reward("vlm_judge", url="http://127.0.0.1:1", model="m", transport=transport),
+    ):
+        if alive:
+            check_reachable(reward)
+        else:
+            with pytest.raises(RewardUnavailable, match=str(status)):
+                check_reachable(reward)
 
 
 def test_a_server_that_dies_is_named_and_one_that_comes_back_is_used(server):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny_runs import make_folder, mean_of_channel, tiny_config
 
+from chunk_grpo_nb.chunking import chunk_ids_from_sizes
 from chunk_grpo_nb.prompts import PromptError
-from chunk_grpo_nb.rewards.registry import RewardError, register_reward
-from chunk_grpo_nb.training.callbacks import Callback, EachIteration
+from chunk_grpo_nb.rewards.registry import RewardError, RewardUnavailable, register_reward
+from chunk_grpo_nb.training.assignment import make_trust_region
+from chunk_grpo_nb.training.callbacks import Callback, EachIteration, narrowest_clip
 from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.records import list_checkpoints, load_checkpoint, read_rows
 from chunk_grpo_nb.training.state import Trainer
@@ -363,6 +365,33 @@ def test_what_is_known_from_the_config_is_refused_before_processes_meet(
     with pytest.raises(ValueError, match=words):
         Trainer(make_config(settings, config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:9/width", "http://127.0.0.1:9/width=1"])
+def test_a_dead_reward_server_is_refused_before_the_model_is_loaded(
+    config, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr("chunk_grpo_nb.training.state.load_policy", None)
+    with pytest.raises(RewardUnavailable, match="127.0.0.1:9/health.*Is the server up"):
+        train(make_config(base=config, rewards={name: 1.0}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "region, expected",
+    [("clip", 0.1), ("clip:length", 0.1 / 5**0.5), ("clip:spread", None)],
+)
+def test_the_replay_check_knows_the_narrowest_clip_range(region, expected):
+    sigmas = torch.linspace(1, 0.1, 6)
+    chunks = make_config(trust_region=region, clip_low=0.1, clip_high=0.2, chunker="sequence")
+    steps = make_config(base=chunks, ratio="step")
+    bound, of_a_step = narrowest_clip(chunks, sigmas), narrowest_clip(steps, sigmas)
+    if expected is not None:
+        assert bound == pytest.approx(expected) and of_a_step == pytest.approx(0.1)
+    for sizes in ([5], [1, 4], [2, 1, 2], [1] * 5):
+        region = make_trust_region(chunks, sigmas)
+        ends = region.clip_range(chunk_ids_from_sizes(sizes))
+        assert bound <= min(float(torch.as_tensor(end).min()) for end in ends) + 1e-8
 
 
 @pytest.mark.parametrize("name", ["constant", "constant=0.5,redness=0.5"])

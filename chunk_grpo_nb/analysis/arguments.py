@@ -10,8 +10,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 # %% auto #0
 __all__ = ['parameter_values', 'at_least_1', 'new_file', 'add_parameter_argument']
 
@@ -21,14 +19,16 @@ def parameter_values(pairs: Sequence[Sequence[str]] | None) -> dict:
 
     `ValueError` for a name given twice, or a value that is not YAML.
     """
+    from chunk_grpo_nb.training.config import parse_yaml
+
     found: dict = {}
     for name, text in pairs or []:
         if name in found:
             raise ValueError(f"{name} is given twice")
         try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ValueError(f"{name}: {text!r} is not readable as YAML") from e
+            found[name] = parse_yaml(text)
+        except ValueError as e:
+            raise ValueError(f"{name}: {text[:200]!r} is not readable as YAML: {e}") from e
     return found
 
 # %% ../../nbs/analysis/15_arguments.ipynb #4e7649bd

@@ -119,14 +119,17 @@ def _evaluate(a: argparse.Namespace) -> None:
 
     from chunk_grpo_nb.analysis.statistics import summarize
     from chunk_grpo_nb.prompts import load_prompts
-    from chunk_grpo_nb.rewards.registry import make_reward
+    from chunk_grpo_nb.rewards.registry import make_rewards
+    from chunk_grpo_nb.rewards.scoring import check_reachable
     from chunk_grpo_nb.training.evaluation import evaluate
     from chunk_grpo_nb.training.rollout import scorer
 
-    rewards = a.rewards.split(",")
     prompts = load_prompts(a.prompts, limit=a.limit)
-    score = scorer({name: make_reward(name) for name in rewards})
+    rewards = make_rewards({name: {} for name in a.rewards.split(",")})
+    score = scorer(rewards)
     changes = {"num_steps": a.steps, "guidance_scale": a.guidance}
+    for reward in rewards.values():
+        check_reachable(reward)
     policy, sampler = open_policy(a.model, a.device, a.base, **changes)
     options = {"images_per_prompt": a.images, "seed": a.seed, "hybrid_steps": a.hybrid_steps}
     with torch.no_grad():
@@ -138,7 +141,7 @@ def _evaluate(a: argparse.Namespace) -> None:
     else:
         table.to_csv(out, index=False)
     kinds = "kind" if table["kind"].nunique() > 1 else None
-    print(summarize(table, rewards, by=kinds).round(4).to_string(index=False))
+    print(summarize(table, list(rewards), by=kinds).round(4).to_string(index=False))
     print(f"{len(table)} images: {out}")
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #fa9c7e91

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import logging
+import threading
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,8 +18,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['printable', 'nearest', 'Parameter', 'read_notebook', 'parse_parameters', 'notebook_parameters', 'check_value',
-           'check_parameters', 'run_notebook']
+__all__ = ['printable', 'nearest', 'Parameter', 'read_notebook', 'parse_python', 'parse_parameters', 'notebook_parameters',
+           'check_value', 'check_parameters', 'run_notebook']
 
 # %% ../../nbs/analysis/01_notebooks.ipynb #72385e2a
 def printable(
@@ -83,6 +84,15 @@ def read_notebook(
         raise ValueError(f"{path} is a notebook in {language!r}; only Python ones can be run")
     return notebook
 
+# %% ../../nbs/analysis/01_notebooks.ipynb #6cd8f9e7
+_PARSER = threading.Lock()
+
+
+def parse_python(source: str, mode: str = "exec") -> ast.AST:
+    """`ast.parse`, one thread at a time: in Python 3.11 two at once may raise SystemError."""
+    with _PARSER:
+        return ast.parse(source, mode=mode)
+
 
 def _comments(source: str) -> dict[int, str]:
     "Line number -> the comment on it."
@@ -123,7 +133,7 @@ def parse_parameters(
 ) -> dict[str, Parameter]:
     """Name -> parameter, for every assignment of the cell; other statements are left alone."""
     try:
-        statements, comments = ast.parse(source).body, _comments(source)
+        statements, comments = parse_python(source).body, _comments(source)
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError) as e:
         raise ValueError(f"{where}: the parameters cell is not Python: {printable(e, 200)}") from e
     found: dict[str, Parameter] = {}
@@ -194,7 +204,7 @@ def _fits(value, annotation: ast.expr) -> bool:
         case ast.Constant(value=None):
             return value is None
         case ast.Constant(value=str(text)):
-            return _fits(value, ast.parse(text, mode="eval").body)
+            return _fits(value, parse_python(text, "eval").body)
         case ast.Name(id=name):
             return _is_plain(value, name)
         case ast.Attribute(attr=name):  # typing.Any
@@ -249,7 +259,7 @@ def check_value(
     """
     value, kind = _literal(value, f"{where}: {parameter.name}"), parameter.type
     try:
-        annotation = ast.parse(kind, mode="eval").body
+        annotation = parse_python(kind, "eval").body
         fits = _fits(value, annotation)
     except (TypeError, SyntaxError, ValueError) as e:
         raise TypeError(
@@ -349,6 +359,6 @@ def run_notebook(
             cwd=str(notebook.parent),
             progress_bar=progress,
             kernel_manager_class=_kernel_manager(),
-            extra_arguments=["--log-level=ERROR"],  # no warning about TCP for each kernel
+            extra_arguments=["--log-level=CRITICAL"],  # what goes wrong is reported from here
         )
     return output

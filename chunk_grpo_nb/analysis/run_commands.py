@@ -33,7 +33,7 @@ def _train(a: argparse.Namespace) -> None:
         config = make_config(changes, Config())
     from chunk_grpo_nb.training.trainer import train
 
-    run = train(config, a.out, resume=resume)
+    run = train(config, a.out, resume, allow_changed_inputs=a.allow_changed_inputs)
     print(f"run: {run.path}\npage: chunk-grpo report {run.path}")
 
 # %% ../../nbs/analysis/17_run_commands.ipynb #d8a437f1
@@ -59,6 +59,12 @@ def add_train(add) -> None:
         "--resume", action="store_true", help="continue the run in --out from its newest checkpoint"
     )
     p.add_argument("--resume-from", metavar="CHECKPOINT", help="continue it from this one instead")
+    p.add_argument(
+        "--allow-changed-inputs",
+        action="store_true",
+        help="continue although prompt files or base weights were replaced since; the run's "
+        "manifest.json says so from then on",
+    )
     add_parameter_argument(p, "a setting that wins over the file")
 
 # %% ../../nbs/analysis/17_run_commands.ipynb #dba9d23f

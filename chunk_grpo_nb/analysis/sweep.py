@@ -19,6 +19,7 @@ import chunk_grpo_nb
 from chunk_grpo_nb.analysis.notebooks import (
     check_parameters,
     nearest,
+    parse_python,
     printable,
     read_notebook,
 )
@@ -154,7 +155,7 @@ def load_sweep(
 def _code_hash(source: str) -> str:
     "Hash of Python code without comments, docstrings and layout."
     try:
-        tree = ast.parse(source)
+        tree = parse_python(source)
     except SyntaxError:  # a notebook's %magic
         return hashlib.sha256(source.encode()).hexdigest()[:8]
     for node in ast.walk(tree):

@@ -7,14 +7,22 @@ __all__ = ['parse_weights', 'WeightedReward', 'is_remote', 'win_rate', 'Pairwise
 
 # %% ../../nbs/rewards/14_combined.ipynb #97eadb24
 import math
+from functools import partial
 from collections.abc import Callable, Sequence
 
 import torch
+from fastcore.basics import patch
 from PIL import Image
 
 from ..prompts import excerpt
 from .registry import Reward, make_rewards, register_reward
-from .scoring import needs_whole_group, reward_name, score, score_async
+from chunk_grpo_nb.rewards.scoring import (
+    check_reachable,
+    needs_whole_group,
+    reward_name,
+    score,
+    score_async,
+)
 
 # %% ../../nbs/rewards/14_combined.ipynb #f64a9361
 def parse_weights(
@@ -84,6 +92,13 @@ class WeightedReward:
         """The weighted sum, (n,) float64."""
         parts = self.parts(images, prompts, metadata)
         return sum(self.weights[name] * values for name, values in parts.items())
+
+# %% ../../nbs/rewards/14_combined.ipynb #ca8d281a
+@patch
+def check_reachable(self: WeightedReward) -> None:
+    """Raise `RewardUnavailable` unless every part is there."""
+    for reward in self.rewards.values():
+        check_reachable(reward)
 
 # %% ../../nbs/rewards/14_combined.ipynb #92212d07
 def is_remote(reward: Reward) -> bool:
@@ -159,4 +174,5 @@ def pointwise_win_rate(
 
     group_win_rate.name = f"win_rate {reward_name(inner)}"
     group_win_rate.whole_group = True
+    group_win_rate.check_reachable = partial(check_reachable, inner)
     return group_win_rate

@@ -20,7 +20,7 @@ from PIL import Image
 from ..prompts import excerpt
 from .combined import PairwiseReward
 from .registry import register_reward
-from .remote import ask, encode_image, http_client
+from .remote import ask, encode_image, http_client, reach
 
 # %% ../../nbs/rewards/15_judges.ipynb #8c14a0ec
 _FINAL = re.compile(r"final[\s_]*score", flags=re.IGNORECASE)
@@ -106,6 +106,10 @@ class ChatModel:
         self.client = http_client(url, timeout, token, transport)
         self.requests = ThreadPoolExecutor(workers)
 
+    def check_reachable(self) -> None:
+        """Raise `RewardUnavailable` unless the server answers, whatever models it has."""
+        reach(self.client, self.url.removesuffix("/chat/completions") + "/models")
+
     def reply(self, images: list[Image.Image], text: str) -> str:
         """The model's answer to images followed by a text."""
         pictures = [f"data:image/png;base64,{encode_image(image)}" for image in images]
@@ -166,6 +170,7 @@ class VlmJudge:
         self.scale = (1.0, 5.0) if scale is None and template is None else scale
         self.chat = ChatModel(url, model, **options)
         self.executor = ThreadPoolExecutor(2)
+        self.check_reachable = self.chat.check_reachable
 
     def _rate(self, image: Image.Image, prompt: str) -> float:
         """The rating of one image."""
@@ -222,6 +227,7 @@ class VlmPreference(PairwiseReward):
         self.question = _question(template, _PREFER)
         self.chat = ChatModel(url, model, **options)
         self.executor = ThreadPoolExecutor(2)
+        self.check_reachable = self.chat.check_reachable
         super().__init__(self._preferred, f"vlm_preference {model}", both_orders)
 
     def _preferred(self, first: list, second: list, prompts: list, metadata: list) -> list[float]:

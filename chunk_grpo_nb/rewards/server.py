@@ -169,17 +169,23 @@ def create_app(
         headers = {"connection": "close"} if error.status in (408, 413) else {}
         return fastapi.responses.JSONResponse({"error": error.message}, error.status, headers)
 
-    @app.get("/health")
-    def health():
-        return {"status": "ok", "rewards": sorted(queues), "max_batch": limits.max_batch}
-
-    @app.post("/score/{name}")
-    async def score_images(name: str, request: fastapi.Request):
+    def check_token(request: fastapi.Request):
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token and not hmac.compare_digest(given.encode(), token.encode()):
             raise Refusal(
                 401, "wrong or missing token: set CHUNK_GRPO_TOKEN, or pass token= to the client"
             )
+
+    @app.get("/health")
+    async def health(request: fastapi.Request):
+        if "authorization" in request.headers:  # anyone may ask; a wrong token is told
+            check_token(request)
+        state = {"status": "ok", "rewards": sorted(queues), "max_batch": limits.max_batch}
+        return {**state, "needs_token": bool(token)}
+
+    @app.post("/score/{name}")
+    async def score_images(name: str, request: fastapi.Request):
+        check_token(request)
         if name not in queues:
             raise Refusal(404, f"no reward {name!r} here; there are {sorted(queues)}")
         with queues[name].place():

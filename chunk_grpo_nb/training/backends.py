@@ -313,8 +313,8 @@ class DeepSpeed(FullySharded):
             self.engine.set_gradient_accumulation_boundary(self.left == 1)
 
     def step(self, policy: Policy, optimizer, max_norm: float, moves: bool) -> float:
-        """Clip and step, unless there was no pass at all."""
-        if not self.passes:
+        """Clip and step, unless nothing moves; what the engine has gathered then is all zeros."""
+        if not (moves and self.passes):
             return 0.0
         self.engine.step()
         return float(self.engine.get_global_grad_norm())

@@ -14,6 +14,7 @@ import torch
 
 from ..models.replay import check_replay
 from ..prompts import Prompt, load_prompts
+from .assignment import make_trust_region
 from .config import Config
 from .evaluation import evaluate
 from .metrics import Update, metrics_row, plain
@@ -27,8 +28,8 @@ from chunk_grpo_nb.training.records import (
 from .rollout import Rollout
 
 # %% auto #0
-__all__ = ['Callback', 'ReplayCheck', 'MovingAverage', 'Metrics', 'Validation', 'Checkpoints', 'Progress', 'Tracker',
-           'EachIteration', 'make_callbacks']
+__all__ = ['Callback', 'narrowest_clip', 'ReplayCheck', 'MovingAverage', 'Metrics', 'Validation', 'Checkpoints', 'Progress',
+           'Tracker', 'EachIteration', 'make_callbacks']
 
 # %% ../../nbs/training/09_callbacks.ipynb #929412aa
 class Callback:
@@ -65,6 +66,21 @@ class Callback:
         """Take up what `state_dict` returned."""
 
 # %% ../../nbs/training/09_callbacks.ipynb #943d7465
+def narrowest_clip(
+    config: Config,
+    sigmas: torch.Tensor,  # (steps + 1,) noise levels around the trained steps
+) -> float:
+    """A bound from below of the clip range of any ratio.
+
+    No chunk of n steps has a narrower one than its narrowest step, over the root of n.
+    """
+    region, steps = make_trust_region(config, sigmas), len(sigmas) - 1
+    ends = region.clip_range(torch.arange(steps))
+    narrowest = min(float(torch.as_tensor(end).min()) for end in ends)
+    follows_length = region.spread is not None and config.objective.ratio == "chunk"
+    return narrowest / steps**0.5 if follows_length else narrowest
+
+
 class ReplayCheck(Callback):
     """Replays the first rollout and stops the run if ratios are not 1; writes `replay.jsonl`."""
 
@@ -81,8 +97,8 @@ class ReplayCheck(Callback):
             log_row(trainer.run, {"iteration": rollout.iteration, **self.report}, "replay")
 
     def _check(self, trainer, rollout: Rollout) -> dict[str, float]:
-        objective, settings = trainer.config.objective, trainer.config.policy
-        limit = min(objective.clip_low, objective.clip_high) / 10
+        settings = trainer.config.policy
+        limit = narrowest_clip(trainer.config, rollout.recordings[0].sigmas[:-1]) / 10
         exact = settings.dtype in ("float32", "float64") and settings.mixed_precision == "no"
         report = check_replay(
             trainer.policy,

@@ -19,8 +19,8 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'setting', 'PolicySettings', 'DataSettings', 'SamplingSettings', 'ObjectiveSettings',
-           'OptimisationSettings', 'RunSettings', 'Config', 'flat', 'make_config', 'read_yaml', 'load_config',
-           'save_config', 'resume_changes', 'settings_table']
+           'OptimisationSettings', 'RunSettings', 'Config', 'flat', 'make_config', 'parse_yaml', 'read_yaml',
+           'load_config', 'save_config', 'resume_changes', 'settings_table']
 
 # %% ../../nbs/training/01_config.ipynb #e2c1161d
 SCHEMA_VERSION = 2  # of this list of settings; 1 had `step_weights` beside `ratio`
@@ -552,6 +552,15 @@ def _check_structure(text: str) -> None:
             raise yaml.YAMLError(f"line {line}: nested deeper than {_MAX_DEPTH} levels")
 
 # %% ../../nbs/training/01_config.ipynb #8f35b98e
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises ValueError for references, deep nesting, a key given twice."""
+    try:
+        _check_structure(text)
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as e:
+        raise ValueError(str(e)) from e
+
+
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds. Raises FileNotFoundError, or ValueError with file, line and fault."""
     path = Path(path).expanduser()
@@ -560,10 +569,8 @@ def read_yaml(path: str | Path) -> Any:
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, more than {_MAX_BYTES}")
     try:
-        text = path.read_text(encoding="utf-8")
-        _check_structure(text)
-        return yaml.load(text, Loader=_Loader)
-    except (ValueError, yaml.YAMLError) as e:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise ValueError(f"{path}: not readable as UTF-8 YAML: {e}") from e
 
 

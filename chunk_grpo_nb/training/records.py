@@ -494,7 +494,7 @@ def check_resume(
         words = [f"{name} had hash {old}, now {new}" for name, (old, new) in inputs.items()]
         raise ValueError(
             f"{run.path}: cannot resume with other inputs: {', '.join(words)}; "
-            "bring the old ones back, or allow changed inputs"
+            "bring the old ones back, or allow changed inputs (--allow-changed-inputs)"
         )
     return ResumeChanges(settings, inputs)
 
@@ -532,6 +532,7 @@ def rewind(
         manifest = run.manifest
         entry = {"iteration": done, "settings": changes.settings, "inputs": changes.inputs}
         manifest["resumed"] = [*manifest.get("resumed", []), entry]
+        manifest["hashes"] |= {name: now for name, (_, now) in changes.inputs.items()}
         _write_json(run.path / "manifest.json", manifest)
         run.save_config(config)
 

@@ -19,6 +19,7 @@ from ..models.policy import Policy, load_policy
 from ..models.sampler import Sampler
 from ..prompts import load_prompts, packaged_prompts
 from ..rewards.registry import make_rewards, reward_recipe
+from ..rewards.scoring import check_reachable
 from .backends import make_backend
 from .callbacks import Callback, make_callbacks
 from .config import Config
@@ -119,9 +120,11 @@ class Trainer:
         out_dir: str | Path,
         resume: bool | str | Path = False,
         callbacks: Sequence[Callback] = (),
+        allow_changed_inputs: bool = False,  # of a resume: go on with other prompts or weights
     ):
-        _check_folder(config, out_dir, bool(resume))
+        _check_folder(config, out_dir, bool(resume), allow_changed_inputs)
         self.config = config
+        self.allow_changed_inputs = allow_changed_inputs
         self.prompts = load_prompts(config.data.train_prompts)
         self.callbacks = make_callbacks(config, tuple(callbacks))
         self.chunker = make_chunker(config.objective.chunker)
@@ -131,6 +134,8 @@ class Trainer:
             reward_recipe(name, **options)  # refuses bad ones, loads nothing
         self.backend = make_backend(config, out_dir)
         rewards = make_rewards(rewards, device=self.backend.device)
+        for reward in rewards.values():
+            check_reachable(reward)
         self.score = scorer(rewards, config.objective.reward_failure)
         self.policy = make_policy(config, str(self.backend.device))
         optimizer = make_optimizer(config, self.policy.trainable_parameters())
@@ -149,21 +154,31 @@ class Trainer:
             self.close()
             raise
 
-    def load_policy(self) -> Policy:
-        """A fresh policy of the run's config, on the CPU."""
-        return make_policy(self.config)
+# %% ../../nbs/training/10_state.ipynb #a64d9bbc
+@patch
+def load_policy(self: Trainer) -> Policy:
+    """A fresh policy of the run's config, on the CPU."""
+    return make_policy(self.config)
 
-    def close(self) -> None:
-        """Let others write to the folder."""
-        self.held.close()
+
+@patch
+def close(self: Trainer) -> None:
+    """Let others write to the folder."""
+    self.held.close()
 
 # %% ../../nbs/training/10_state.ipynb #44144d07
-def _check_folder(config: Config, out_dir: str | Path, resume: bool) -> None:
+def _check_folder(
+    config: Config, out_dir: str | Path, resume: bool, allow_changed_inputs: bool
+) -> None:
     """Refuse a folder that is not free for a run, or is not that of the run to resume."""
-    if resume:
-        check_resume(RunFolder.open(out_dir), config, hashes={})
-    else:
+    if not resume:
+        if allow_changed_inputs:
+            raise ValueError("allow_changed_inputs is for a resume; a new run has no inputs yet")
         RunFolder.check_free(out_dir)
+        return
+    prompts = input_files(config, config.policy.model)
+    prompts.pop("model")  # of what may be many gigabytes, which are hashed once, in `_resume`
+    check_resume(RunFolder.open(out_dir), config, hash_inputs(prompts), allow_changed_inputs)
 
 # %% ../../nbs/training/10_state.ipynb #468217f2
 @patch(as_prop=True)
@@ -281,7 +296,7 @@ def _resume(trainer: Trainer, out_dir: str | Path, which: bool | str | Path) -> 
     """The run folder, brought to the state of a checkpoint together with the trainer."""
     run = RunFolder.open(out_dir)
     files = input_files(trainer.config, trainer.policy.pipe.name_or_path)
-    changes = check_resume(run, trainer.config, hash_inputs(files))
+    changes = check_resume(run, trainer.config, hash_inputs(files), trainer.allow_changed_inputs)
     if trainer.is_main:
         trainer.held.enter_context(lock_run(run))
     checkpoint = find_checkpoint(run, which, needs=_NEEDED)

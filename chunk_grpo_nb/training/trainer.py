@@ -232,13 +232,14 @@ def train(
     out_dir: str | Path,
     resume: bool | str | Path = False,
     callbacks: Sequence[Callback] = (),
+    allow_changed_inputs: bool = False,  # of a resume: go on with other prompts or weights
 ) -> RunFolder:
     """Train, and leave everything in `out_dir`.
 
     With `resume=True` a run that was cut off continues from its newest checkpoint (a path: from
     that one), to the same bits on the CPU. Raises `Interrupted` after Ctrl-C or SIGTERM.
     """
-    trainer = Trainer(config, out_dir, resume, callbacks)
+    trainer = Trainer(config, out_dir, resume, callbacks, allow_changed_inputs)
     with closing(trainer), _StopRequest() as stop:
         try:
             trainer.notify("on_start")
