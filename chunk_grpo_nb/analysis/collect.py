@@ -128,6 +128,17 @@ def _validation_rows(run: RunFolder) -> pd.DataFrame | None:
     measures = [c for c in held_out.select_dtypes("number") if c not in _PROGRESS]
     return _long(held_out, "validation", measures, _PROGRESS)
 
+# %% ../../nbs/analysis/04_collect.ipynb #7be1c04a
+def _ratio_rows(run: RunFolder, arm: str, seed: int) -> pd.DataFrame | None:
+    "Spread and clipping of every step and chunk, in the mean over iterations; from update 1 on."
+    found = ratio_table(metrics_table({(arm, seed): run}))
+    if found.empty:
+        return None
+    ids, measures = ["update", "place", "index"], ["spread", "clip_low", "clip_high"]
+    moved = found[found["update"] > 0]  # at first every ratio is 1
+    means = moved.groupby(ids, sort=False)[measures].mean().reset_index()
+    return _long(means, "ratio", measures, ids)
+
 # %% ../../nbs/analysis/04_collect.ipynb #f1c356d5
 @dataclass(frozen=True)
 class _Trial:
@@ -168,6 +179,7 @@ def _read_trial(folder: Path) -> _Trial:
     parts = [
         _training_rows(run),
         _validation_rows(run),
+        _ratio_rows(run, arm, seed),
         _per_prompt(read_table(run, "after")),
         _cost_rows(run, {"whole": whole, **summary["seconds"]}),
     ]
@@ -176,7 +188,11 @@ def _read_trial(folder: Path) -> _Trial:
     return _Trial(arm, seed, result["key"], rows, before, run, whole, summary["shown_prompts"])
 
 # %% ../../nbs/analysis/04_collect.ipynb #a17fd6b7
-COLUMNS = ("arm", "seed", "part", *_PROGRESS, "prompt_index", "kind", "measure", "value")
+_PLACE = ["place", "index"]  # of a ratio: "step" or "chunk", and which
+COLUMNS = (
+    *("arm", "seed", "part", *_PROGRESS, *_PLACE),
+    *("prompt_index", "kind", "measure", "value"),
+)
 
 
 @dataclass(frozen=True)
@@ -315,8 +331,8 @@ def collect_sweeps(
     return SweepRecords(rows.reindex(columns=list(COLUMNS)), manifest, _pictures(trials))
 
 # %% ../../nbs/analysis/04_collect.ipynb #6b3601b1
-_NAMES = ("arm", "part", "kind", "measure")  # columns of words
-_COUNTS = ("seed", *_PROGRESS, "prompt_index")
+_NAMES = ("arm", "part", "place", "kind", "measure")  # columns of words
+_COUNTS = ("seed", *_PROGRESS, "index", "prompt_index")
 
 
 def save_records(
@@ -344,7 +360,8 @@ def load_records(
     """Records of a folder; one that holds none is refused with what it would need."""
     folder = Path(folder)
     if (folder / "records.parquet").is_file():
-        rows = pd.read_parquet(folder / "records.parquet").astype(dict.fromkeys(_NAMES, "object"))
+        rows = pd.read_parquet(folder / "records.parquet").reindex(columns=list(COLUMNS))
+        rows = rows.astype(dict.fromkeys(_NAMES, "object"))
         files = sorted((folder / "pictures").glob("*.png"))
         pictures = {file.stem: file for file in files if file.stem in set(rows["arm"])}
         return SweepRecords(rows, _read_json(folder / "manifest.json"), pictures)

@@ -104,36 +104,51 @@ def jitter(
     return torch.stack(moved)
 
 # %% ../../nbs/shapes/07_preference.ipynb #0bacee0d
+def _choice_tables(choices: Choices) -> torch.Tensor:
+    """`(m, G, G)`: 1 where the row's picture was preferred to the column's, 0 where it was not."""
+    groups, size = choices.pictures.shape[:2]
+    first, second = pair_indices(size)
+    table = np.zeros((groups, size, size), np.float32)
+    table[:, first, second] = choices.preferred
+    table[:, second, first] = ~choices.preferred
+    return torch.from_numpy(table)
+
+
 def train_preference(
     model,
     tokenizer,
     choices: Choices,
-    steps: int = 700,
+    steps: int = 1500,
     batch: int = 24,  # prompts per step
+    shown: int = 8,  # pictures of each prompt per step, drawn from its G
     lr: float = 1e-3,
     seed: int = 0,
 ) -> list[dict]:
     """Tune a `CLIPModel` on choices so that preferred pictures score higher; returns the curve.
 
-    Source: PickScore, Kirstain et al. 2023, section 3, over all pairs of a prompt.
+    Source: PickScore, Kirstain et al. 2023, section 3, over all pairs of the pictures shown.
     """
     groups, size = choices.pictures.shape[:2]
-    first, second = pair_indices(size)
+    shown = min(shown, size)
+    first, second = pair_indices(shown)
+    table = _choice_tables(choices)
     ids = text_ids(tokenizer, choices.captions)
     pixels = pixel_values(choices.pictures.reshape(-1, *choices.pictures.shape[2:]))
     pixels = pixels.view(groups, size, *pixels.shape[1:])
-    preferred = torch.from_numpy(choices.preferred).float()
     allowed = mirrors(choices.captions)
     rng = np.random.default_rng([seed, 31])
 
     def losses(rows):
-        shown = jitter(pixels[rows], allowed[rows], rng).flatten(0, 1)
+        drawn = torch.from_numpy(np.stack([rng.permutation(size)[:shown] for _ in rows]))
+        row = torch.from_numpy(rows)[:, None]
+        pictures = jitter(pixels[row, drawn], allowed[rows], rng).flatten(0, 1)
+        preferred = table[row, drawn[:, first], drawn[:, second]]
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            output = model(input_ids=ids[rows], pixel_values=shown)
-        image = output.image_embeds.float().view(len(rows), size, -1)
+            output = model(input_ids=ids[rows], pixel_values=pictures)
+        image = output.image_embeds.float().view(len(rows), shown, -1)
         cosine = (image * output.text_embeds.float()[:, None]).sum(-1)
         margin = model.logit_scale.exp() * (cosine[:, first] - cosine[:, second])
-        loss = F.binary_cross_entropy_with_logits(margin, preferred[rows])
-        return loss, ((margin > 0) == preferred[rows].bool()).float().mean().item()
+        loss = F.binary_cross_entropy_with_logits(margin, preferred)
+        return loss, ((margin > 0) == preferred.bool()).float().mean().item()
 
     return fit_scorer(model, losses, groups, steps, batch, lr, rng)
