@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny_runs import make_folder
 
-from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
+from chunk_grpo_nb.training.checkpoints import list_checkpoints, load_checkpoint
+from chunk_grpo_nb.training.records import RunFolder, read_rows
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

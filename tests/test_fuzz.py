@@ -18,8 +18,9 @@ from chunk_grpo_nb.prompts import load_prompts
 from chunk_grpo_nb.rewards.combined import parse_weights
 from chunk_grpo_nb.rewards.judges import read_rating
 from chunk_grpo_nb.shapes.scenes import parse_caption
+from chunk_grpo_nb.training.checkpoints import load_checkpoint, save_checkpoint
 from chunk_grpo_nb.training.config import flat, load_config, make_config
-from chunk_grpo_nb.training.records import RunFolder, load_checkpoint, save_checkpoint
+from chunk_grpo_nb.training.records import RunFolder
 
 REFUSALS = (ValueError, TypeError, FileNotFoundError)
 fuzz = settings(

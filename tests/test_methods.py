@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_runs import make_folder, tiny_config
 
-from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
+from chunk_grpo_nb.training.checkpoints import list_checkpoints, load_checkpoint
+from chunk_grpo_nb.training.records import RunFolder, read_rows
 from chunk_grpo_nb.training.trainer import train
 
 

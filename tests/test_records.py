@@ -9,24 +9,26 @@ import pytest
 import torch
 
 from chunk_grpo_nb.training import records
-from chunk_grpo_nb.training.config import Config, make_config
-from chunk_grpo_nb.training.records import (
+from chunk_grpo_nb.training.checkpoints import (
     ResumeChanges,
-    RunFolder,
     check_resume,
-    count_rows,
     find_checkpoint,
-    hash_inputs,
-    last_row,
     list_checkpoints,
     load_checkpoint,
+    newest_checkpoint,
+    rewind,
+    save_checkpoint,
+)
+from chunk_grpo_nb.training.config import Config, make_config
+from chunk_grpo_nb.training.records import (
+    RunFolder,
+    count_rows,
+    hash_inputs,
+    last_row,
     lock_run,
     log_row,
-    newest_checkpoint,
     read_rows,
-    rewind,
     run_manifest,
-    save_checkpoint,
 )
 
 NO_CHANGES = ResumeChanges({}, {})
@@ -98,7 +100,7 @@ def test_a_state_whose_index_was_not_written_does_not_count(run, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("chunk_grpo_nb.training.records._write_index", killed)
+        patch.setattr("chunk_grpo_nb.training.checkpoints._write_index", killed)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(run, 2, {"model": torch.ones(1)})
     found = newest_checkpoint(run)

@@ -16,8 +16,9 @@ from tiny_runs import make_folder, tiny_config
 from chunk_grpo_nb.models.policy import load_policy
 from chunk_grpo_nb.models.tiny import tiny_pipeline
 from chunk_grpo_nb.training.callbacks import Callback
+from chunk_grpo_nb.training.checkpoints import list_checkpoints, load_checkpoint
 from chunk_grpo_nb.training.config import make_config
-from chunk_grpo_nb.training.records import RunFolder, list_checkpoints, load_checkpoint, read_rows
+from chunk_grpo_nb.training.records import RunFolder, read_rows
 from chunk_grpo_nb.training.state import Trainer
 from chunk_grpo_nb.training.trainer import Interrupted, train
 

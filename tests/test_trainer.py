@@ -12,8 +12,9 @@ from chunk_grpo_nb.prompts import PromptError
 from chunk_grpo_nb.rewards.registry import RewardError, RewardUnavailable, register_reward
 from chunk_grpo_nb.training.assignment import make_trust_region
 from chunk_grpo_nb.training.callbacks import Callback, EachIteration, narrowest_clip
+from chunk_grpo_nb.training.checkpoints import list_checkpoints, load_checkpoint
 from chunk_grpo_nb.training.config import make_config
-from chunk_grpo_nb.training.records import list_checkpoints, load_checkpoint, read_rows
+from chunk_grpo_nb.training.records import read_rows
 from chunk_grpo_nb.training.state import Trainer
 from chunk_grpo_nb.training.trainer import train
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ..training.records import RunFolder, read_rows, read_table
+from ..training.records import RunFolder, read_json, read_rows, read_table
 
 # %% auto #0
 __all__ = ['COLUMNS', 'metrics_table', 'smooth', 'ratio_table', 'SweepRecords', 'collect_sweeps', 'save_records', 'load_records']
@@ -154,10 +154,6 @@ class _Trial:
     shown_prompts: list[str]  # of its pictures
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _cost_rows(run: RunFolder, seconds: Mapping[str, float]) -> pd.DataFrame:
     "Long rows of seconds and network evaluations."
     cost = {f"{name}_seconds": value for name, value in seconds.items()}
@@ -174,7 +170,7 @@ def _read_trial(folder: Path) -> _Trial:
                 f"{run.path} has no {name}; only trials of the experiment 02_arm are collected"
             )
     arm = yaml.safe_load((folder / "parameters.yaml").read_text(encoding="utf-8"))["arm"]
-    result, summary = _read_json(folder / "result.json"), _read_json(run.path / "summary.json")
+    result, summary = read_json(folder / "result.json"), read_json(run.path / "summary.json")
     whole, seed = result["seconds"], run.config.run.seed
     parts = [
         _training_rows(run),
@@ -239,7 +235,7 @@ def _finished(folder: Path) -> list[_Trial]:
             f"{folder} is not a results folder of a sweep (it has no sweep.json)"
         )
     results = sorted(folder.glob("trials/*/result.json"))
-    done = [result for result in results if _read_json(result)["status"] == "done"]
+    done = [result for result in results if read_json(result)["status"] == "done"]
     return [_read_trial(result.parent) for result in done]
 
 
@@ -290,7 +286,7 @@ def _manifest(folders: Sequence[Path], trials: Sequence[_Trial], repeats: list[d
     "What the table depends on besides the parameters, and what it cost."
     seconds = [trial.seconds for trial in trials]
     return {
-        "sweeps": [_read_json(folder / "sweep.json")["sweep"] for folder in folders],
+        "sweeps": [read_json(folder / "sweep.json")["sweep"] for folder in folders],
         "trials": len(trials),
         "repeats": len(repeats),
         "trial_seconds": {"sum": round(sum(seconds)), "largest": round(max(seconds))},
@@ -364,7 +360,7 @@ def load_records(
         rows = rows.astype(dict.fromkeys(_NAMES, "object"))
         files = sorted((folder / "pictures").glob("*.png"))
         pictures = {file.stem: file for file in files if file.stem in set(rows["arm"])}
-        return SweepRecords(rows, _read_json(folder / "manifest.json"), pictures)
+        return SweepRecords(rows, read_json(folder / "manifest.json"), pictures)
     if (folder / "sweep.json").is_file():
         return collect_sweeps([folder])
     sweeps = sorted(file.parent for file in folder.glob("*/sweep.json"))
