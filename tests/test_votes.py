@@ -6,17 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from chunk_grpo_nb.rewards.ballot import Ballot, Pair, ballot_widget, make_pairs, read_image_folder
 from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
 from chunk_grpo_nb.rewards.scoring import score
 from chunk_grpo_nb.rewards.votes import (
-    Ballot,
-    Pair,
-    ballot_widget,
     bradley_terry,
     fit_taste,
     load_taste,
-    make_pairs,
-    read_image_folder,
     save_taste,
     taste_agreement,
 )

@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     "A mistake gets one line, not the whole usage."
 
     def error(self, message: str) -> NoReturn:
-        from chunk_grpo_nb.analysis.notebooks import printable
+        from chunk_grpo_nb.messages import printable
 
         line = printable(f"{self.prog}: {message}; see {self.prog} --help", 1000)
         self.exit(2, line.replace("\n", " ") + "\n")
@@ -84,7 +84,7 @@ def _is_mistake(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     """An error in one line."""
-    from chunk_grpo_nb.analysis.notebooks import printable
+    from chunk_grpo_nb.messages import printable
 
     if type(error).__name__ == "OutOfMemoryError":
         return (

@@ -224,7 +224,7 @@ def _digest(a: argparse.Namespace) -> str:
 
 
 def _benchmark(a: argparse.Namespace) -> None:
-    from chunk_grpo_nb.analysis.notebooks import printable
+    from chunk_grpo_nb.messages import printable
     from chunk_grpo_nb.prompts import load_prompts
     from chunk_grpo_nb.rewards.benchmarks import policy_generator, run_benchmark
     from chunk_grpo_nb.rewards.registry import make_reward

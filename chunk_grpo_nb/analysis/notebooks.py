@@ -11,39 +11,16 @@ import logging
 import threading
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
+from ..messages import nearest, printable
+
 # %% auto #0
-__all__ = ['printable', 'nearest', 'Parameter', 'read_notebook', 'parse_python', 'parse_parameters', 'notebook_parameters',
-           'check_value', 'check_parameters', 'run_notebook']
-
-# %% ../../nbs/analysis/01_notebooks.ipynb #72385e2a
-def printable(
-    text: object,
-    limit: int = 4000,  # characters; the middle of a longer text is left out
-) -> str:
-    """Text without control characters (line ends and tabs excepted) and not longer than `limit`."""
-    shown = "".join(
-        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
-    if len(shown) <= limit:
-        return shown
-    half = limit // 2
-    return f"{shown[:half]} [... {len(shown) - 2 * half} characters ...] {shown[-half:]}"
-
-
-def nearest(name: object, names: Iterable[str]) -> str:
-    """The end of a refusal: '; did you mean ...?', or the valid names."""
-    names = sorted(names)
-    near = get_close_matches(str(name)[:200], names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; there are: {', '.join(names) or 'none'}"
+__all__ = ['Parameter', 'read_notebook', 'parse_python', 'parse_parameters', 'notebook_parameters', 'check_value',
+           'check_parameters', 'run_notebook']
 
 # %% ../../nbs/analysis/01_notebooks.ipynb #8ab5dc6d
 @dataclass(frozen=True)

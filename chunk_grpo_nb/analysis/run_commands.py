@@ -166,7 +166,8 @@ def add_report(add) -> None:
 
 # %% ../../nbs/analysis/17_run_commands.ipynb #a440e0e7
 def _run(a: argparse.Namespace) -> int:
-    from chunk_grpo_nb.analysis.notebooks import notebook_parameters, printable, run_notebook
+    from chunk_grpo_nb.messages import printable
+    from chunk_grpo_nb.analysis.notebooks import notebook_parameters, run_notebook
 
     if a.output is None:
         for p in notebook_parameters(a.notebook).values():

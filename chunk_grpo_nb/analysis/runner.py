@@ -19,7 +19,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from .notebooks import notebook_parameters, printable, run_notebook
+from ..messages import printable
+from .notebooks import notebook_parameters, run_notebook
 from chunk_grpo_nb.analysis.sweep import (
     Sweep,
     Trial,

@@ -16,13 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 import chunk_grpo_nb
-from chunk_grpo_nb.analysis.notebooks import (
-    check_parameters,
-    nearest,
-    parse_python,
-    printable,
-    read_notebook,
-)
+from ..messages import nearest, printable
+from .notebooks import check_parameters, parse_python, read_notebook
 from ..training.config import read_yaml
 
 # %% auto #0

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..prompts import Prompt, excerpt, load_prompts
+from ..messages import excerpt
+from ..prompts import Prompt, load_prompts
 from .geneval import GenEvalScorer, geneval_summary, score_folder
 from .geneval_rules import geneval_metadata
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..prompts import excerpt
+from ..messages import excerpt
 
 # %% ../../nbs/rewards/08_geneval_rules.ipynb #13b3dfcf
 GENEVAL_CLASSES = (  # COCO's 80 categories in COCO's order, under the names GenEval uses

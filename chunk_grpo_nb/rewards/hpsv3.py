@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..prompts import excerpt
+from ..messages import excerpt
 from .registry import RewardUnavailable, pick_dtype, register_reward
 from chunk_grpo_nb.rewards.weights import (
     WEIGHTS,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..prompts import excerpt
+from ..messages import excerpt
 from .registry import pick_dtype, register_reward
 from .weights import WEIGHTS, from_hub, present_device
 

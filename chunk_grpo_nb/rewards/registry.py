@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 
-from ..prompts import excerpt, printable
+from ..messages import excerpt, one_line
 
 # %% ../../nbs/rewards/01_registry.ipynb #1c96396f
 Reward = Callable[[list[Image.Image], list[str], list[dict]], Sequence[float]]
@@ -28,7 +28,7 @@ class RewardError(RuntimeError):
     """A reward that raised, or did not return one finite number per image; names the prompts."""
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        super().__init__(one_line(message))
 
 
 class RewardUnavailable(RewardError):

@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from ..prompts import excerpt
+from ..messages import excerpt
 from .registry import RewardError, RewardUnavailable, register_reward
 
 # %% ../../nbs/rewards/10_remote.ipynb #31f72e59

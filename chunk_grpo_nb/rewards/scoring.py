@@ -14,7 +14,7 @@ from concurrent.futures import Future
 import torch
 from PIL import Image
 
-from ..prompts import excerpt
+from ..messages import excerpt
 from .registry import Reward, RewardError, RewardUnavailable
 
 # %% ../../nbs/rewards/02_scoring.ipynb #bd092864

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from ..models.pipelines import quiet_loading
-from ..prompts import excerpt
+from ..messages import excerpt
 from .registry import RewardUnavailable, pick_device
 
 # %% ../../nbs/rewards/03_weights.ipynb #c6ecf727

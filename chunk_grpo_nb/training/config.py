@@ -5,7 +5,6 @@
 # %% ../../nbs/training/02_config.ipynb #3ccc7443
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ..messages import nearest
 from chunk_grpo_nb.training.settings import (
     READABLE_VERSIONS,
     SCHEMA_VERSION,
@@ -151,9 +151,7 @@ def _check_name(name: Any) -> None:
     """Refuse a name that no setting has."""
     if name in _GROUP_OF:
         return
-    near = difflib.get_close_matches(str(name)[:100], _GROUP_OF, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(_GROUP_OF)}"
-    raise ValueError(f"config: unknown setting {shown(name)}{hint}")
+    raise ValueError(f"config: unknown setting {shown(name)}{nearest(name, _GROUP_OF)}")
 
 
 def _as_meant(name: str, value: Any) -> Any:
