@@ -38,7 +38,7 @@ PARTS = (
     Part(
         "More experiments",
         "experiments/0[2-9]_*.ipynb",
-        "one run of an ablation, and the comparison of all",
+        "one run and the comparison of many, credit, dynamics",
         optional=True,
     ),
     Part(
