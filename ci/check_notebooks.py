@@ -19,7 +19,8 @@ MAX_LINES = 50  # of a code cell
 PATHS = re.compile(r"(/home/|/Users/|/root/|/work/|[A-Z]:\\\\Users|site-packages)")
 PROGRESS_BAR = re.compile(r"\d+%\|")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-LINK = re.compile(r"\]\(([^)\s#]+)")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#]+)")  # text and target
+NUMBERED = re.compile(r"\d\d_\w+|^\d+$")  # a notebook's name, or its number alone
 NEEDED = ("seed", "out_dir")  # parameters of every experiment
 ANNOTATED = re.compile(r"^\w+\s*:\s*[^=]+=.*\S\s+#\s*\S|^\s*(#.*)?$")  # name: type = value  # help
 
@@ -74,11 +75,24 @@ def check_cell(cell: dict, room: str) -> list[str]:
     return found
 
 
+def numbers_otherwise(shown: str, target: str) -> bool:
+    """Whether the text of a link gives its notebook another number, or no name at all."""
+    name = Path(target).stem
+    return any(found.isdigit() or found not in name for found in NUMBERED.findall(shown))
+
+
 def check_links(path: Path, cells: list[dict]) -> list[str]:
-    """Links to files beside the notebook that are not there."""
+    """Links that lead nowhere, or that number a notebook otherwise than it is numbered now."""
     text = "\n".join(source_of(cell) for cell in cells if cell["cell_type"] == "markdown")
-    targets = [link for link in LINK.findall(text) if ":" not in link]
-    return [f"dead link {link!r}" for link in targets if not (path.parent / link).exists()]
+    found = []
+    for shown, target in LINK.findall(text):
+        if ":" in target:
+            continue
+        if not (path.parent / target).exists():
+            found.append(f"dead link {target!r}")
+        if target.endswith(".ipynb") and numbers_otherwise(shown, target):
+            found.append(f"the link to {target!r} is called {shown!r}")
+    return found
 
 
 def check_parameters(path: Path, cells: list[dict], needed: bool) -> list[str]:

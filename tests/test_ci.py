@@ -284,6 +284,11 @@ def set_output(kind="stream", **fields):
         ),
         (
             "nbs",
+            lambda nb: nb.cells[0].update(source="[07_index](index.ipynb) [07](index.ipynb)"),
+            "is called '07_index'",
+        ),
+        (
+            "nbs",
             lambda nb: nb.cells[0].update(source="[x](gone.ipynb) [y](https://a.b)"),
             "dead link 'gone.ipynb'",
         ),

@@ -89,6 +89,11 @@ class Rollout:
         """(n, T - 1) log-probabilities under the policy that drew them, on the CPU."""
         return torch.cat([r.log_probs for r in self.recordings]).cpu()
 
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """(T + 1,) noise levels of the sampling steps, from noise to image."""
+        return self.recordings[0].sigmas
+
 # %% ../../nbs/training/05_rollout.ipynb #158a57ed
 def scorer(rewards: Mapping[str, Callable], on_failure: str = "raise") -> Callable:
     """A function (images, prompts, group_ids=None) -> {name: (n,) float64} that asks every reward.

@@ -33,7 +33,7 @@ from .state import Trainer
 from ..trust_regions import TrustRegion
 
 # %% auto #0
-__all__ = ['sample', 'gather_experience', 'iterate', 'optimise', 'Interrupted', 'train']
+__all__ = ['sample', 'gather_experience', 'assign', 'iterate', 'optimise', 'Interrupted', 'train']
 
 # %% ../../nbs/training/13_trainer.ipynb #41869354
 @contextmanager
@@ -82,34 +82,41 @@ def gather_experience(trainer: Trainer, rollout: Rollout) -> Experience:
     trainer.evaluations["sampled"] += len(experience.curves) * trainer.config.sampling.num_steps
     return experience
 
+
+def assign(trainer: Trainer, experience: Experience) -> Assignment:
+    """Advantages from the rewards, chunks from the dynamics, and the selection of chunks."""
+    sampler = trainer.sampler
+    stds = transition_stds(experience.rollout.sigmas, sampler.noise_level, sampler.kind)
+    return assign_credit(
+        trainer.config,
+        experience.rewards,
+        experience.curves,
+        experience.iteration,
+        stds,
+        trainer.chunker,
+    )
+
 # %% ../../nbs/training/13_trainer.ipynb #b7767b15
 def iterate(trainer: Trainer, iteration: int) -> None:
     """One iteration of Chunk-GRPO (paper, section 3 and eq. 14 to 17)."""
-    t, config = trainer, trainer.config
-    t.seconds.clear()
+    trainer.seconds.clear()
 
-    # sample images by SDE, with their trajectories; reward them
-    with t.timed("sample_and_score"):
-        rollout = sample(t, iteration)
-    t.notify("on_rollout", rollout)
+    # sample images by SDE with their trajectories, and reward them
+    with trainer.timed("sample_and_score"):
+        rollout = sample(trainer, iteration)
+    trainer.notify("on_rollout", rollout)
 
-    with t.timed("update"):
-        # dynamics of the latents; from dynamics and rewards: advantages, chunks, selection
-        experience = gather_experience(t, rollout)
-        sigmas = rollout.recordings[0].sigmas
-        assignment = assign_credit(
-            config,
-            experience.rewards,
-            experience.curves,
-            iteration,
-            transition_stds(sigmas, t.sampler.noise_level, t.sampler.kind),
-            t.chunker,
-        )
-        # optimise the clipped objective of the selected chunks
-        region = make_trust_region(config, sigmas[:-1])
-        for number, samples in enumerate(update_batches(config, iteration, assignment.used)):
-            update = optimise(t, experience, assignment, region, samples, number)
-            t.notify("on_update", update)
+    with trainer.timed("update"):
+        # rewards give advantages; dynamics give chunks, of which some are selected
+        experience = gather_experience(trainer, rollout)
+        assignment = assign(trainer, experience)
+
+        # optimise the clipped objective of the selected chunks, batch by batch
+        region = make_trust_region(trainer.config, rollout.sigmas[:-1])
+        batches = update_batches(trainer.config, iteration, assignment.used)
+        for number, samples in enumerate(batches):
+            update = optimise(trainer, experience, assignment, region, samples, number)
+            trainer.notify("on_update", update)
 
 # %% ../../nbs/training/13_trainer.ipynb #1a86bdd7
 def _check_finite(trainer: Trainer, norm: float, experience: Experience, number: int) -> None:
