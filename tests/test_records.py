@@ -18,6 +18,7 @@ from chunk_grpo_nb.training.checkpoints import (
     newest_checkpoint,
     rewind,
     save_checkpoint,
+    write_folder,
 )
 from chunk_grpo_nb.training.config import Config, make_config
 from chunk_grpo_nb.training.records import (
@@ -121,6 +122,37 @@ def test_rows_after_the_checkpoint_never_happened(run):
     assert read_rows(run)["iteration"].tolist() == [0, 0, 1, 1]
     assert read_rows(run, "timings")["iteration"].tolist() == [0, 1]
     assert len(read_rows(run, "later")) == 0
+
+
+def test_what_a_kill_left_half_written_is_removed(run):
+    iterate(run, 0)
+    halves = [run.path / "metrics.jsonl.tmp", run.path / "checkpoints/iteration_000002.pt.tmp"]
+    for half in halves:
+        half.write_bytes(b"half")
+    (run.path / "policy.tmp").mkdir()
+    rewind(run, newest_checkpoint(run), run.config, NO_CHANGES)
+    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("set_aside"))
+
+
+def test_a_folder_is_written_whole_or_stays_as_it_was(run):
+    write_folder(run, "policy", lambda folder: (folder.mkdir(), (folder / "old").touch()))
+    with pytest.raises(ZeroDivisionError):
+        write_folder(run, "policy", lambda folder: (folder.mkdir(), 1 / 0))
+    assert [path.name for path in (run.path / "policy").iterdir()] == ["old"]
+    write_folder(run, "policy", lambda folder: (folder.mkdir(), (folder / "new").touch()))
+    assert [path.name for path in (run.path / "policy").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("name", ["..", "../..", "", ".", "/etc", "a/b"])
+def test_an_index_names_nothing_outside_its_folder(run, name):
+    """Parts of old checkpoints are removed: of an index that someone else wrote, too."""
+    iterate(run, 0)
+    index = run.path / "checkpoints/index.json"
+    entries = json.loads(index.read_text())
+    next(iter(entries.values()))["parts"] = {name: "0" * 16}
+    index.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="is damaged at"):
+        newest_checkpoint(run)
 
 
 def test_rows_that_are_missing_are_named(run):

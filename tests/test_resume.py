@@ -2,15 +2,12 @@
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killed_train import KINDS
 from tiny_runs import make_folder, tiny_config
 
 from chunk_grpo_nb.models.policy import load_policy
@@ -23,13 +20,6 @@ from chunk_grpo_nb.training.state import Trainer
 from chunk_grpo_nb.training.trainer import Interrupted, train
 
 RECORDS = ("metrics", "validation", "dynamics")
-KINDS = {
-    "adamw": {},
-    "sgd": {"optimizer": "sgd"},
-    "moving average": {"ema_decay": 0.9},
-    "lora": {"lora_rank": 2},
-    "online chunker": {"chunker": "online:adaptive", "selection": "weighted", "fraction": 0.5},
-}
 
 
 class Dies(Exception):
@@ -250,71 +240,3 @@ def test_a_second_signal_stops_at_once(folder, tmp_path):
         train(config, tmp_path / "run", callbacks=[Raise(signal.SIGINT, times=2)])
     whole = train(config, tmp_path / "whole")
     assert_same_run(whole, train(config, tmp_path / "run", resume=True))
-
-
-# -- kill -9 ---------------------------------------------------------------------------------------
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tiny_runs import tiny_config
-from test_resume import KINDS
-from chunk_grpo_nb.training.trainer import train
-folder, out, kind, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1"
-train(tiny_config(folder, iterations=4, **KINDS[kind]), out, resume=resume)
-"""
-
-
-def start(folder: Path, out: Path, kind: str) -> subprocess.Popen:
-    """Train, or go on, in another process."""
-    resume = (out / "config.yaml").exists() and (out / "manifest.json").exists()
-    words = [sys.executable, "-c", SCRIPT, str(folder), str(out), kind, str(int(resume))]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True)
-
-
-def rows_so_far(out: Path) -> int:
-    """Of all tables: a clock that ticks while the run writes."""
-    return sum(path.read_text().count("\n") for path in out.glob("*.jsonl"))
-
-
-def kill_when(process: subprocess.Popen, out: Path, rows: int, delay: float) -> bool:
-    """Kill -9 a moment after so many rows more are there; whether it was still running."""
-    goal = rows_so_far(out) + rows
-    while process.poll() is None and rows_so_far(out) < goal:
-        time.sleep(0.01)
-    time.sleep(delay)
-    alive = process.poll() is None
-    process.kill()
-    process.communicate()
-    return alive
-
-
-def killed_run(folder: Path, out: Path, kind: str, kills: int, seed: int) -> int:
-    """A run that is killed at random moments, then left to finish; how often it was killed."""
-    moments, hit = random.Random(seed), 0
-    for _ in range(kills):
-        rows, delay = moments.randint(0, 4), moments.random() * 0.2
-        hit += kill_when(start(folder, out, kind), out, rows, delay)
-    last = start(folder, out, kind)
-    _, errors = last.communicate(timeout=600)
-    assert last.returncode == 0, errors[-3000:]
-    return hit
-
-
-def check_kills(folder: Path, tmp_path: Path, kind: str, kills: int, seed: int) -> None:
-    whole = train(tiny_config(folder, iterations=4, **KINDS[kind]), tmp_path / "whole")
-    assert killed_run(folder, tmp_path / "killed", kind, kills, seed)
-    assert_same_run(whole, RunFolder.open(tmp_path / "killed"))
-
-
-def test_kill_minus_nine(folder, tmp_path):
-    check_kills(folder, tmp_path, "moving average", kills=2, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_kill_minus_nine_at_many_moments(folder, tmp_path, kind):
-    check_kills(folder, tmp_path, kind, kills=5, seed=1)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -99,10 +100,10 @@ def run_trial(
 
 # %% ../../nbs/analysis/03_runner.ipynb #cab4a00c
 def follow_parent(
+    parent: int,  # process number; it may have ended before this one could look
     every: float = 0.5,  # seconds between looks
 ) -> None:
     """End this process soon after its parent has ended, and leave Ctrl-C to the parent."""
-    parent = os.getppid()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda *_: None)  # ignoring it would pass on to kernels
 
@@ -120,7 +121,8 @@ def _joblib_backend(backend: str, jobs: int, scheduler: str | None) -> Iterator[
     from joblib import parallel_config
 
     if backend == "processes":
-        with parallel_config(backend="loky", initializer=follow_parent):
+        follow = partial(follow_parent, os.getpid())
+        with parallel_config(backend="loky", initializer=follow):
             yield
     elif backend == "dask":
         try:

@@ -107,6 +107,12 @@ def add_lora(
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+def _in_order(value: object) -> object:
+    """Sets and lists of names sorted, so that the same LoRA is the same bytes on disk."""
+    names = isinstance(value, list | set) and all(isinstance(name, str) for name in value)
+    return sorted(value) if names else value
+
+
 def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
     """Write what is trained, in diffusers' format.
 
@@ -117,12 +123,13 @@ def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
         from peft import get_peft_model_state_dict
 
         transformer = pipe.transformer
+        size = transformer.peft_config[LORA_ADAPTER].to_dict()
         pipe.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(
                 transformer, adapter_name=LORA_ADAPTER
             ),
-            transformer_lora_adapter_metadata=transformer.peft_config[LORA_ADAPTER].to_dict(),
+            transformer_lora_adapter_metadata={k: _in_order(v) for k, v in size.items()},
         )
     else:
         pipe.transformer.save_pretrained(folder / "transformer")

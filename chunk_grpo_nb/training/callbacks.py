@@ -15,6 +15,7 @@ import torch
 from ..models.replay import check_replay
 from ..prompts import Prompt, load_prompts
 from .assignment import make_trust_region
+from .checkpoints import write_folder
 from .config import Config
 from .evaluation import evaluate
 from .metrics import Update, metrics_row, plain
@@ -234,7 +235,7 @@ class Checkpoints(Callback):
         with trainer.evaluation_weights():
             policy = trainer.backend.whole_policy(trainer.policy, trainer.load_policy)
             if trainer.is_main:
-                policy.save(trainer.run.path / "policy")
+                write_folder(trainer.run, "policy", policy.save)
 
 # %% ../../nbs/training/11_callbacks.ipynb #5b862156
 class Progress(Callback):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ __all__ = ['save_checkpoint', 'list_checkpoints', 'load_checkpoint', 'Checkpoint
 _INDEX_ENTRY = {"iteration": int, "hash": str, "parts": dict, "rows": dict}
 
 
+def _is_plain_name(name: str) -> bool:
+    """Whether it names something in a folder, and not the folder itself or what is above it."""
+    return Path(name).name == name and name not in ("", ".", "..")
+
+
 def _read_index(folder: Path) -> dict[str, dict]:
     """File name -> checksum, parts and row counts of each finished checkpoint, oldest first."""
     path = folder / "index.json"
@@ -42,7 +47,7 @@ def _read_index(folder: Path) -> dict[str, dict]:
         known = isinstance(entry, dict) and all(
             isinstance(entry.get(key), kind) for key, kind in _INDEX_ENTRY.items()
         )
-        if not known or Path(name).name != name:
+        if not known or not all(map(_is_plain_name, (name, *entry["parts"]))):
             raise ValueError(f"{path} is damaged at {name!r}; delete that entry, or start again")
     return dict(sorted(index.items()))
 
@@ -69,6 +74,19 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def write_folder(run: RunFolder, name: str, write: Callable[[Path], Any]) -> Path:
+    """Have `write(folder)` fill a folder of the run; whoever reads sees the whole of it, or none.
+
+    One of that name that is there is replaced.
+    """
+    folder, temporary = run.path / name, run.path / f"{name}.tmp"
+    _remove(temporary)
+    write(temporary)
+    _remove(folder)
+    os.replace(temporary, folder)
+    return folder
 
 
 def _write_state(temporary: Path, state: Mapping) -> None:
@@ -241,8 +259,13 @@ def check_resume(
 
 # %% ../../nbs/training/04_checkpoints.ipynb #0a1cf3d6
 def _set_aside(run: RunFolder, later_than: int) -> None:
-    """Move checkpoints after an iteration, and unfinished ones, where no resume finds them."""
+    """Move checkpoints after an iteration, and unfinished ones, where no resume finds them.
+
+    What a kill left half written is removed.
+    """
     folder = run.path / "checkpoints"
+    for half in (*run.path.glob("*.tmp"), *folder.glob("*.tmp")):
+        _remove(half)
     index = _checkpoint_index(run)
     kept = {name: e for name, e in index.items() if e["iteration"] <= later_than}
     if kept != index:
