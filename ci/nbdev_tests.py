@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300  # seconds for one notebook
 TOLERANCE = 0.01  # relative, of numbers in outputs
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
+TAG = re.compile(r"<style.*?</style>|<[^>]*>", re.DOTALL)
 CLOCK = re.compile(r"perf_counter|process_time|monotonic|time\(\)|timeit|seconds")
 EXCEPTIONS = {"experiments", "tutorials", ".ipynb_checkpoints"}
 
@@ -62,15 +63,22 @@ def run(notebook: Path) -> str:
     return printed[-6000:] or f"exit status {process.returncode}"
 
 
+def value_text(data: dict) -> str:
+    """The text of a shown value; of a table its cells, since its plain text depends on a width."""
+    if any(kind.startswith("image/") for kind in data):
+        return ""
+    if "text/html" in data:
+        return TAG.sub(" ", "".join(data["text/html"]))
+    return "".join(data.get("text/plain", []))
+
+
 def shown_text(cell: dict) -> str:
     """The text that a cell shows: its prints and its values, without pictures and warnings."""
     parts = []
     for output in cell["outputs"]:
-        data = output.get("data", {})
         if output.get("name") != "stderr":
             parts += output.get("text", [])
-        if not any(kind.startswith("image/") for kind in data):
-            parts += [*data.get("text/plain", []), "\n"]
+        parts += [value_text(output.get("data", {})), "\n"]
     return "".join(parts)
 
 

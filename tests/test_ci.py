@@ -199,6 +199,15 @@ def test_changed_outputs_are_shown_unless_they_may_vary(tmp_path):
     assert change.startswith("cell a") and "3 chunks" in change and "4 chunks" in change
 
 
+def test_a_table_is_compared_by_its_cells():
+    value_text = load("nbdev_tests").value_text
+    html = ["<style>td {}</style>", "<table><td>step</td>", "<td>1.0</td></table>"]
+    wide, narrow = ({"text/html": html, "text/plain": [text]} for text in ("step 1.0", "step ..."))
+    assert value_text(wide) == value_text(narrow)
+    assert value_text(wide).split() == ["step", "1.0"]
+    assert value_text({"image/png": "x", "text/plain": ["<Figure>"]}) == ""
+
+
 @pytest.mark.parametrize("grows", [None, "memory_mb", "handles", "cpu_seconds"])
 def test_growth_over_a_long_run_is_found(grows):
     pandas = pytest.importorskip("pandas")

@@ -17,7 +17,7 @@ from .calls import CallLog, RecordedCall
 from .embeddings import TextBatch
 from .families import family_of
 from .pipelines import call_pipeline, flow_scheduler, scheduled
-from .sampler import Sampler, window_steps
+from .sampler import Sampler
 from ..sde import sde_step
 
 # %% auto #0

@@ -26,6 +26,7 @@ from chunk_grpo_nb.rewards.weights import (
     check_layout,
     from_hub,
     load_state,
+    load_tokenizer,
     shapes_of,
     weight_file,
 )
@@ -95,12 +96,10 @@ def _clip_reward(
     options: dict,
 ) -> ModelReward:
     """A reward scale · cos; `scale` None takes the model's own."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
     clip = from_hub(name, CLIPModel.from_pretrained, model, dtype=pick_dtype(dtype))
-    words = from_hub(
-        name, AutoTokenizer.from_pretrained, tokenizer, what=f"the tokenizer files of {tokenizer}"
-    )
+    words = load_tokenizer(name, tokenizer)
 
     def score_batch(images: list, prompts: list[str], device: torch.device) -> torch.Tensor:
         pixels = clip_pixels(images, clip.config.vision_config.image_size).to(device)
@@ -300,18 +299,13 @@ def hpsv2(
     **options,  # MODEL_OPTIONS
 ) -> ModelReward:
     """HPSv2.1: cosine of image and prompt, about 0.2 to 0.35 (arXiv 2306.09341)."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
     path, config = weight_file("hpsv2", model), config or vit_h_config()
     state = load_state(path)
     check_layout(shapes_of(state), openclip_shapes(config), str(path))
     clip = build(CLIPModel, config, openclip_to_transformers(state), str(path), pick_dtype(dtype))
-    words = from_hub(
-        "hpsv2",
-        AutoTokenizer.from_pretrained,
-        tokenizer,
-        what=f"the tokenizer files of {tokenizer}",
-    )
+    words = load_tokenizer("hpsv2", tokenizer)
 
     def score_batch(images: list, prompts: list[str], device: torch.device) -> torch.Tensor:
         image, text = clip_features(

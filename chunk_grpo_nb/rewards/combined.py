@@ -8,7 +8,7 @@ __all__ = ['parse_weights', 'WeightedReward', 'is_remote', 'win_rate', 'Pairwise
 # %% ../../nbs/rewards/15_combined.ipynb #97eadb24
 import math
 from functools import partial
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from fastcore.basics import patch

@@ -23,10 +23,11 @@ from chunk_grpo_nb.rewards.weights import (
     ModelReward,
     build,
     check_layout,
-    from_hub,
     linear_shapes,
     load_state,
+    load_tokenizer,
     shapes_of,
+    vit_block_layers,
     weight_file,
 )
 
@@ -152,10 +153,7 @@ def _qwen_vision_shapes(config) -> dict[str, tuple]:
         "visual.merger.ln_q": (e,),
     }
     for i in range(vision.depth):
-        block = f"visual.blocks.{i}."
-        layers |= {block + "norm1": (e,), block + "norm2": (e,)}
-        layers |= {block + "attn.qkv": (3 * e, e), block + "attn.proj": (e, e)}
-        layers |= {block + "mlp.fc1": (wide, e), block + "mlp.fc2": (e, wide)}
+        layers |= vit_block_layers(f"visual.blocks.{i}.", e, wide)
     patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     projection = {"visual.patch_embed.proj.weight": (e, vision.in_channels, *patch)}
     return projection | linear_shapes(layers)
@@ -286,15 +284,10 @@ def hpsv3(
     **options,  # device, offload
 ) -> ModelReward:
     """HPSv3: mu of the predicted preference, about 0 to 15 (arXiv 2508.03789)."""
-    from transformers import AutoTokenizer, Qwen2VLModel
+    from transformers import Qwen2VLModel
 
     text, config = hpsv3_template(template), config or hpsv3_config()
-    words = from_hub(
-        "hpsv3",
-        AutoTokenizer.from_pretrained,
-        tokenizer,
-        what=f"the tokenizer files of {tokenizer}",
-    )
+    words = load_tokenizer("hpsv3", tokenizer)
     words.add_tokens([_REWARD_TOKEN], special_tokens=True)
     path = weight_file("hpsv3", model)
     backbone, rated = hpsv3_to_transformers(load_state(path))

@@ -20,10 +20,11 @@ from chunk_grpo_nb.rewards.weights import (
     ModelReward,
     build,
     check_layout,
-    from_hub,
     linear_shapes,
     load_state,
+    load_tokenizer,
     shapes_of,
+    vit_block_layers,
     weight_file,
 )
 
@@ -94,6 +95,9 @@ _VIT_NAMES = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
+_VIT_WEIGHT = re.compile(
+    r"blip\.visual_encoder\.(?:blocks\.(?P<block>\d+)\.)?(?P<layer>.+?)(?P<kind>\.weight|\.bias)?"
+)
 _UNUSED = re.compile(
     r"blip\.(vision_proj|text_proj)\.|blip\.text_encoder\.embeddings\.position_ids$"
 )
@@ -114,19 +118,18 @@ def imagereward_to_transformers(
             text[key.removeprefix("blip.text_encoder.")] = value
         elif key.startswith("mlp.layers."):
             head[key.removeprefix("mlp.layers.")] = value
-        elif found := re.fullmatch(
-            r"blip\.visual_encoder\.(blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", key
-        ):
-            if found[3] not in _VIT_NAMES:
-                raise RewardUnavailable(f"ImageReward weights: unknown name {key!r}")
-            vision[
-                (f"encoder.layers.{found[2]}." if found[2] else "")
-                + _VIT_NAMES[found[3]]
-                + (found[4] or "")
-            ] = value
         else:
-            raise RewardUnavailable(f"ImageReward weights: unknown name {key!r}")
+            vision[_vision_name(key)] = value
     return vision, text, head
+
+
+def _vision_name(key: str) -> str:
+    """The name in `BlipVisionModel` of a weight of the published image tower."""
+    found = _VIT_WEIGHT.fullmatch(key)
+    if not found or found["layer"] not in _VIT_NAMES:
+        raise RewardUnavailable(f"ImageReward weights: unknown name {key!r}")
+    block = f"encoder.layers.{found['block']}." if found["block"] else ""
+    return block + _VIT_NAMES[found["layer"]] + (found["kind"] or "")
 
 # %% ../../nbs/rewards/05_imagereward.ipynb #f08ac9cb
 def _vision_shapes(vision) -> dict[str, tuple]:
@@ -135,10 +138,7 @@ def _vision_shapes(vision) -> dict[str, tuple]:
     base = "blip.visual_encoder."
     layers = {"norm": (w,), "patch_embed.proj": (w, 3, p, p)}
     for i in range(vision.num_hidden_layers):
-        block = f"blocks.{i}."
-        layers |= {block + "norm1": (w,), block + "norm2": (w,)}
-        layers |= {block + "attn.qkv": (3 * w, w), block + "attn.proj": (w, w)}
-        layers |= {block + "mlp.fc1": (m, w), block + "mlp.fc2": (w, m)}
+        layers |= vit_block_layers(f"blocks.{i}.", w, m)
     positions = (vision.image_size // p) ** 2 + 1
     shapes = {"cls_token": (1, 1, w), "pos_embed": (1, positions, w)} | linear_shapes(layers)
     return {base + name: shape for name, shape in shapes.items()}
@@ -185,7 +185,7 @@ def imagereward(
     **options,  # MODEL_OPTIONS
 ) -> ModelReward:
     """ImageReward v1.0, roughly standard normal over its training images (arXiv 2304.05977)."""
-    from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel
+    from transformers import BlipTextModel, BlipVisionModel
 
     path, (vision, text) = weight_file("imagereward", model), configs or imagereward_configs()
     state = {key: value for key, value in load_state(path).items() if not _UNUSED.match(key)}
@@ -198,12 +198,7 @@ def imagereward(
         build(BlipTextModel, text, read, str(path), add_pooling_layer=False),
     )
     whole = ImageRewardModel(*towers, head)
-    words = from_hub(
-        "imagereward",
-        AutoTokenizer.from_pretrained,
-        tokenizer,
-        what=f"the tokenizer files of {tokenizer}",
-    )
+    words = load_tokenizer("imagereward", tokenizer)
 
     def score_batch(images: list, prompts: list[str], device: torch.device) -> torch.Tensor:
         tokens = words(

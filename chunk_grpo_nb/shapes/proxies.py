@@ -33,7 +33,7 @@ from chunk_grpo_nb.shapes.scenes import (
     holds,
     render,
 )
-from .training import build_tokenizers, captioned_scenes
+from .training import build_tokenizers
 from .verifier import pixel_values
 
 # %% ../../nbs/shapes/06_proxies.ipynb #ee52ba0d
