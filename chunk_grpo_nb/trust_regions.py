@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNCLIPPED', 'normalised_log_ratio', 'inverse_stride_weights', 'spread_clip_range', 'length_clip_range',
-           'velocity_spread', 'divergence_weights', 'TrustRegion']
+           'velocity_spread', 'divergence_weights', 'TrustRegion', 'kept_chunks']
 
 # %% ../nbs/maths/11_trust_regions.ipynb #7a1c0e03
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .chunks import chunk_lengths, chunk_sum
-from .objective import ClipRange
+from .objective import ClipRange, chunk_mean, chunk_ratio
 from .sde import sde_step
 
 # %% ../nbs/maths/11_trust_regions.ipynb #7a1c0e07
@@ -133,11 +133,30 @@ def divergence_weights(
 # %% ../nbs/maths/11_trust_regions.ipynb #08551680
 @dataclass(frozen=True)
 class TrustRegion:
-    """How far one update may go: the numbers of one rule, and the clip range that follows."""
+    """How far one update may go: the numbers of one rule, and what follows from them."""
 
     clip_low: float
     clip_high: float
     spread: Tensor | None = None  # (steps,) of each step's log-ratio; None: one range for all
+    normalised: bool = False  # log-ratios are GRPO-Guard's
+    max_divergence: float | None = None  # Flow-DPPO's threshold, in the place of clipping
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether the KL of the transitions from the sampled ones must be known."""
+        return self.normalised or self.max_divergence is not None
+
+    def log_ratio(
+        self,
+        log_probs: Tensor,  # (m,) of transitions, under the policy
+        old_log_probs: Tensor,  # (m,) under the policy that sampled
+        divergence: Tensor,  # (m,) KL of the policy's transitions from the sampled ones
+        std: Tensor,  # (m,) standard deviation of the transitions
+    ) -> Tensor:  # (m,)
+        """The log-ratio of each step, whose mean over a chunk is that of its ratio."""
+        if self.normalised:
+            return normalised_log_ratio(log_probs, old_log_probs, divergence, std)
+        return log_probs - old_log_probs
 
     def clip_range(
         self,
@@ -145,8 +164,26 @@ class TrustRegion:
         num_chunks: int | None = None,  # K; default: the largest count of any row
     ) -> ClipRange:
         """(low, high): numbers, or (b, K) where chunks differ."""
+        if self.max_divergence is not None:
+            return UNCLIPPED
         if self.spread is None:
             return self.clip_low, self.clip_high
         low, _ = spread_clip_range(self.spread, chunk_ids, self.clip_low, num_chunks)
         _, high = spread_clip_range(self.spread, chunk_ids, self.clip_high, num_chunks)
         return low, high
+
+# %% ../nbs/maths/11_trust_regions.ipynb #72b5b13b
+def kept_chunks(
+    region: TrustRegion,
+    log_ratios: Tensor,  # (b, steps)
+    divergences: Tensor,  # (b, steps) of each step, from the sampled transition
+    chunk_ids: Tensor,  # (b, steps) or (steps,)
+    advantages: Tensor,  # (b,) or (b, K)
+    num_chunks: int | None = None,  # K; default: the largest count of any row
+) -> Tensor | None:
+    """(b, K) of 0 and 1, the chunks whose terms a divergence keeps; None where it drops none."""
+    if region.max_divergence is None:
+        return None
+    ratio = chunk_ratio(log_ratios, torch.zeros_like(log_ratios), chunk_ids, num_chunks)
+    divergence = chunk_mean(divergences, chunk_ids, num_chunks)
+    return divergence_weights(ratio, advantages, divergence, region.max_divergence)

@@ -222,15 +222,15 @@ def assign(size: Size, rollout):
             "clip_high": 5e-5,
         }
     )
-    stds = torch.ones(NUM_STEPS - 1)
-    return assign_credit(config, rollout.rewards, rollout.curves, 0, stds)
+    sigmas = rollout.recordings[0].sigmas[:-1]
+    return assign_credit(config, rollout.rewards, rollout.curves, 0, sigmas)
 
 
 def update(policy, rollout, credit, members, **options):
     found = accumulate_gradient(
         policy, rollout, credit, members, TrustRegion(5e-5, 5e-5), **options
     )
-    return found.log_probs, found.evaluations_trained, found.evaluations_ratio
+    return found.change.log_ratios, found.evaluations_trained, found.evaluations_ratio
 
 
 def speed(report: dict, policy, size: Size, rows: int, full: bool, peak: float) -> dict:

@@ -89,7 +89,8 @@ def compare(lora_rank: int, members: list[int], **options) -> float:
     rank = dist.get_rank()
     alone = policy_of(lora_rank)
     whole = rollout_of(alone)
-    credit = assign_credit(CONFIG, whole.rewards, whole.curves, 0, torch.ones(4))
+    sigmas = whole.recordings[0].sigmas[:-1]
+    credit = assign_credit(CONFIG, whole.rewards, whole.curves, 0, sigmas)
     on_policy = options.get("on_policy", False)
     if not on_policy:
         disturb(alone, 0.01, seed=2)

@@ -12,6 +12,7 @@ from chunk_grpo_nb.training.assignment import (
 from chunk_grpo_nb.training.config import make_config
 
 CURVES = torch.linspace(1, 0.1, 16).expand(6, 16)
+SIGMAS = torch.linspace(1, 0, 18)[:17]
 REWARDS = {"r": torch.tensor([0, 1, 2, 0, 4, 5.0])}
 
 
@@ -28,7 +29,7 @@ def config(**settings):
 
 
 def assign(rewards=REWARDS, iteration=0, **settings):
-    return assign_credit(config(**settings), rewards, CURVES, iteration, torch.linspace(2, 1, 16))
+    return assign_credit(config(**settings), rewards, CURVES, iteration, SIGMAS)
 
 
 def test_it_is_a_function_of_its_arguments():
@@ -106,7 +107,7 @@ def test_the_rows_of_an_assignment_are_its_samples():
 
 
 def test_transition_stds_fall_where_the_noise_falls():
-    stds = transition_stds(torch.linspace(1, 0, 18), 0.7, "flow")
+    stds = transition_stds(SIGMAS, 0.7, "flow")
     assert stds.shape == (16,) and torch.isfinite(stds).all() and (stds > 0).all()
 
 

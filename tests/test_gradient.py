@@ -1,5 +1,7 @@
 """The streamed gradient equals the whole one, whatever the chunks, the passes and the KL."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import disturb
@@ -8,10 +10,11 @@ from tiny_runs import make_folder, tiny_config
 from chunk_grpo_nb.chunking import chunk_ids_from_sizes, chunk_mask
 from chunk_grpo_nb.models.policy import load_policy
 from chunk_grpo_nb.models.sampler import Sampler
+from chunk_grpo_nb.objective import chunk_mean, chunk_ratio, clipped_objective, kl_to_reference
 from chunk_grpo_nb.prompts import Prompt
 from chunk_grpo_nb.rewards.registry import make_reward
 from chunk_grpo_nb.training import gradient as gradient_module
-from chunk_grpo_nb.training.assignment import Assignment, assign_credit
+from chunk_grpo_nb.training.assignment import Assignment, assign_credit, transition_stds
 from chunk_grpo_nb.training.gradient import Differentiator, accumulate_gradient, plan_passes
 from chunk_grpo_nb.training.rollout import draw_rollout, scorer
 from chunk_grpo_nb.trust_regions import TrustRegion
@@ -36,7 +39,8 @@ def state(tmp_path_factory):
             seed=0,
             group_size=4,
         )
-    assignment = assign_credit(config, rollout.rewards, rollout.curves, 0, torch.ones(5))
+    sigmas = rollout.recordings[0].sigmas[:-1]
+    assignment = assign_credit(config, rollout.rewards, rollout.curves, 0, sigmas)
     disturb(policy, 3e-2, seed=1)
     return policy, rollout, assignment
 
@@ -66,6 +70,8 @@ def test_streamed_equals_whole(state, kl_weight):
 REGIONS = {
     "length": TrustRegion(0.01, 0.01, spread=torch.ones(5)),
     "spread": TrustRegion(0.01, 0.01, spread=torch.linspace(0.5, 1.5, 5)),
+    "guard": TrustRegion(0.01, 0.01, normalised=True),
+    "dppo": TrustRegion(0.2, 0.2, max_divergence=1e-3),
 }
 
 
@@ -76,6 +82,51 @@ def test_streamed_equals_whole_in_every_trust_region(state, name):
     assert (whole - gradient(*state)[0]).norm() > 1e-3 * whole.norm()  # the region matters
     for micro_batch in (1, 7):
         assert_same(whole, gradient(*state, region=REGIONS[name], micro_batch=micro_batch)[0])
+
+
+def as_written(state, region):
+    """The gradient of the objective by autograd, all transitions at once."""
+    policy, rollout, assignment = state
+    rows, steps = torch.cartesian_prod(torch.arange(8), torch.arange(5)).unbind(1)
+    where = rollout.recordings[0], rows, steps
+    log_prob, mean, std = policy.log_prob(*where)
+    divergence = kl_to_reference(mean, policy.sampled(*where).mean, std).reshape(8, 5)
+    log_ratio = log_prob.reshape(8, 5) - rollout.log_probs
+    weights = None
+    ids, advantages = assignment.chunk_ids, assignment.advantages
+    if region.normalised:
+        log_ratio = (log_ratio + divergence) * std.reshape(8, 5)
+    ratio = chunk_ratio(log_ratio, torch.zeros(8, 5), ids)
+    if region.max_divergence:
+        far = chunk_mean(divergence, ids) > region.max_divergence
+        weights = (~(far & ((ratio - 1) * advantages > 0))).float()
+        assert 0 < weights.mean() < 1
+    policy.transformer.zero_grad()
+    bounds = region.clip_range(ids)
+    clipped_objective(ratio, advantages, bounds, weights=weights).backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+
+
+@pytest.mark.parametrize("name", ["guard", "dppo"])
+def test_regions_with_divergence_are_as_the_papers_write_them(state, name):
+    assert_same(as_written(state, REGIONS[name]), gradient(*state, region=REGIONS[name])[0])
+
+
+def test_on_policy_the_normalised_ratio_scales_each_step_by_its_std(state):
+    policy, rollout, assignment = state
+    std = transition_stds(rollout.recordings[0].sigmas[:-1], 0.7, "flow")
+    steps = Assignment(
+        assignment.advantages[:, :1].expand(8, 5),
+        torch.arange(5).expand(8, 5),
+        torch.ones(8, 5, dtype=torch.bool),
+        None,
+        assignment.drawn_ids,
+    )
+    scaled = replace(steps, weights=std.expand(8, 5))
+    with policy.reference():  # the weights that sampled
+        guard, _ = gradient(policy, rollout, steps, region=REGIONS["guard"], on_policy=True)
+        plain, _ = gradient(policy, rollout, scaled, on_policy=True)
+    assert_same(plain, guard)
 
 
 def test_trajectories_that_are_chunked_differently(state):
@@ -118,7 +169,7 @@ def test_every_ratio_clipped_is_nothing_to_step_along(state):
     policy, rollout, assignment = state
     policy.transformer.zero_grad()
     found = accumulate_gradient(policy, rollout, assignment, range(8), NOTHING, micro_batch=1)
-    outward = (found.log_probs - rollout.log_probs).mean(1) * assignment.advantages[:, 0] > 0
+    outward = found.change.log_ratios.mean(1) * assignment.advantages[:, 0] > 0
     clipped = [i for i in range(8) if outward[i]]
     assert clipped
     one_chunk = Assignment(

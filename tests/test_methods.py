@@ -67,3 +67,40 @@ def test_a_range_that_follows_the_chunk_changes_what_is_clipped(folder, plain, r
     columns = ["clip_low_by_chunk", "clip_high_by_chunk"]
     assert not read_rows(found)[columns].equals(read_rows(plain)[columns])
     assert not torch.equal(weights(found), weights(plain))
+
+
+UNIT_STD = {"sde": "dance", "shift": 1.0, "noise_level": 6**0.5}  # of all six steps: every std is 1
+
+
+def test_guard_is_plain_where_every_std_is_one_and_no_ratio_has_moved(folder):
+    once = UNIT_STD | {"inner_epochs": 1, "updates_per_iteration": 1, "optimizer": "sgd"}
+    guard = run(folder, "guard_limit", trust_region="guard", ratio="chunk:stride", **once)
+    plain = run(folder, "guard_plain", **once)
+    start = weights(run(folder, "guard_start", **once | {"learning_rate": 0.0}))
+    moved = weights(plain) - start
+    assert moved.norm() > 0
+    assert (weights(guard) - weights(plain)).norm() < 1e-3 * moved.norm()
+
+
+@pytest.mark.parametrize("ratio", ["chunk", "chunk:stride", "step:stride"])
+def test_guard_trains_on_normalised_ratios(folder, plain, ratio):
+    name = "guard_" + ratio.replace(":", "_")
+    found = run(folder, name, trust_region="guard", ratio=ratio)
+    assert not torch.equal(weights(found), weights(plain))
+    last = read_rows(found).iloc[-1]
+    assert all(d > 0 for d in last["divergence"]) and "dropped_chunks" not in last
+
+
+def test_dppo_with_a_far_threshold_is_the_unclipped_objective(folder):
+    wide = {"clip_low": 1.0, "clip_high": 1e9}
+    far = run(folder, "dppo_far", trust_region="dppo:1.0e+9")
+    assert torch.equal(weights(far), weights(run(folder, "unclipped", **wide)))
+    assert read_rows(far)["dropped_chunks"].tolist() == [0.0] * len(read_rows(far))
+
+
+def test_dppo_drops_chunks_that_have_gone_too_far(folder):
+    found = run(folder, "dppo_near", trust_region="dppo:1.0e-9")
+    rows = read_rows(found)
+    assert rows["dropped_chunks"].iloc[0] == 0  # no ratio has moved yet
+    assert 0 < rows["dropped_chunks"].iloc[-1] < 1
+    assert clipped(found)[-1] == 0

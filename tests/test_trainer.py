@@ -380,7 +380,7 @@ def test_a_dead_reward_server_is_refused_before_the_model_is_loaded(
 
 @pytest.mark.parametrize(
     "region, expected",
-    [("clip", 0.1), ("clip:length", 0.1 / 5**0.5), ("clip:spread", None)],
+    [("clip", 0.1), ("clip:length", 0.1 / 5**0.5), ("clip:spread", None), ("dppo:1.0e-5", None)],
 )
 def test_the_replay_check_knows_the_narrowest_clip_range(region, expected):
     sigmas = torch.linspace(1, 0.1, 6)

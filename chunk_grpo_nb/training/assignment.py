@@ -20,9 +20,9 @@ from chunk_grpo_nb.chunking import (
     make_chunker,
     select_chunks,
 )
-from ..objective import implied_step_weights, std_step_weights
+from ..objective import chunk_mean, implied_step_weights, std_step_weights
 from ..sde import sde_step
-from ..trust_regions import TrustRegion, velocity_spread
+from ..trust_regions import TrustRegion, inverse_stride_weights, velocity_spread
 from .config import Config
 from .rollout import derive_generator
 
@@ -38,7 +38,7 @@ class Assignment:
     advantages: Tensor  # (n, K)
     chunk_ids: Tensor  # (n, steps) which steps share a ratio; arange for step ratios
     mask: Tensor  # bool (n, K): chunks that are trained; none for a sample that is left out
-    weights: Tensor | None  # (n, K) weight of each step, for step-level ratios
+    weights: Tensor | None  # (n, K) weight of each ratio; None: all alike
     drawn_ids: Tensor  # (n, steps) the chunks that were selected from
 
     @property
@@ -129,31 +129,40 @@ def draw_chunks(config: Config, curves: Tensor, chunk_ids: Tensor, iteration: in
 
 # %% ../../nbs/training/06_assignment.ipynb #76fa71be
 def transition_stds(
-    sigmas: Tensor,  # (T + 1,) of the rollout
+    sigmas: Tensor,  # (steps + 1,) noise levels around the trained steps
     noise_level: float,
     kind: str,  # of `sde_step`
-) -> Tensor:  # (T - 1,)
+) -> Tensor:  # (steps,)
     """Standard deviation of each trained transition."""
     sigmas = sigmas.double().cpu()
-    zero = torch.zeros(len(sigmas) - 2, 1, dtype=torch.float64)
-    transition = sde_step(zero, zero, sigmas[:-2], sigmas[1:-1], noise_level, kind)
+    zero = torch.zeros(len(sigmas) - 1, 1, dtype=torch.float64)
+    transition = sde_step(zero, zero, sigmas[:-1], sigmas[1:], noise_level, kind)
     return transition.std.reshape(-1).float()
 
 # %% ../../nbs/training/06_assignment.ipynb #9e6db924
-def _step_weights(
+def _noise_weights(config: Config, weighting: str, sigmas: Tensor) -> Tensor:
+    """(steps,) weights that follow the noise: `std` of the transitions, or their `stride`."""
+    if weighting == "stride":
+        return inverse_stride_weights(sigmas.cpu())
+    sampling = config.sampling
+    return std_step_weights(transition_stds(sigmas, sampling.noise_level, sampling.sde))
+
+
+def _weights(
     config: Config,
     curves: Tensor,
     group_ids: Tensor,
-    std: Tensor,
+    sigmas: Tensor,
     chunk_ids: Tensor,
     drawn: Tensor,
 ) -> Tensor | None:
-    """(n, steps), or None for no weighting."""
-    weighting = config.objective.step_weighting
-    if weighting is None:
+    """(n, K) of chunks, (n, steps) of steps; None for no weighting."""
+    level, _, weighting = config.objective.ratio.partition(":")
+    if not weighting:
         return None
-    if weighting == "std":
-        return std_step_weights(std).expand(len(curves), -1)
+    if weighting in ("std", "stride"):
+        weights = _noise_weights(config, weighting, sigmas).expand(len(curves), -1)
+        return weights if level == "step" else chunk_mean(weights, chunk_ids, drawn.shape[1])
     if weighting == "chunk":
         weights = implied_step_weights(chunk_ids, drawn)
         return weights.nan_to_num()  # samples left out have nothing to weigh
@@ -166,7 +175,7 @@ def assign_credit(
     rewards: dict[str, Tensor],  # name -> (n,) of all processes; NaN where one was dropped
     curves: Tensor,  # (n, steps) dynamics
     iteration: int,
-    std: Tensor,  # (steps,) of the transitions, for `ratio = "step:std"`
+    sigmas: Tensor,  # (steps + 1,) noise levels around the trained steps
     chunker: Callable | None = None,  # None: a fresh one; an online chunker is passed to remember
 ) -> Assignment:
     """Advantages, chunks and selection of one iteration, the same on every process."""
@@ -180,8 +189,8 @@ def assign_credit(
     drawn = draw_chunks(config, curves, chunk_ids, iteration) & usable[:, None]
 
     advantages = _per_chunk(advantages, drawn)
-    weights = _step_weights(config, curves, group_ids, std, chunk_ids, drawn)
-    if config.objective.ratio == "chunk":
+    weights = _weights(config, curves, group_ids, sigmas, chunk_ids, drawn)
+    if config.objective.ratio.startswith("chunk"):
         return Assignment(advantages, chunk_ids, drawn, weights, chunk_ids)
     return Assignment(
         chunk_to_steps(advantages, chunk_ids),
@@ -210,12 +219,18 @@ def make_trust_region(
 ) -> TrustRegion:
     """The trust region of the setting `trust_region`."""
     objective, sampling = config.objective, config.sampling
-    spread = None
-    if objective.trust_region == "clip:length":
+    rule, spread = objective.trust_region, None
+    if rule == "clip:length":
         spread = torch.ones(len(sigmas) - 1)
-    elif objective.trust_region == "clip:spread":
+    elif rule == "clip:spread":
         spread = velocity_spread(sigmas, sampling.noise_level, sampling.sde)
-    return TrustRegion(objective.clip_low, objective.clip_high, spread)
+    return TrustRegion(
+        objective.clip_low,
+        objective.clip_high,
+        spread,
+        normalised=rule == "guard",
+        max_divergence=objective.max_divergence,
+    )
 
 # %% ../../nbs/training/06_assignment.ipynb #e719e28f
 def update_batches(

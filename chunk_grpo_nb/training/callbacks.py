@@ -5,6 +5,7 @@
 # %% ../../nbs/training/11_callbacks.ipynb #ae1ab6c6
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 
 from ..models.replay import check_replay
 from ..prompts import Prompt, load_prompts
-from .assignment import make_trust_region
+from .assignment import make_trust_region, transition_stds
 from .checkpoints import write_folder
 from .config import Config
 from .evaluation import evaluate
@@ -65,17 +66,23 @@ def narrowest_clip(
     config: Config,
     sigmas: torch.Tensor,  # (steps + 1,) noise levels around the trained steps
 ) -> float:
-    """A bound from below of the clip range of any ratio.
+    """A bound from below of the clip range of any ratio, in units of the plain log-ratio.
 
-    No chunk of n steps has a narrower one than its narrowest step, over the root of n.
+    No chunk of n steps has a narrower one than its narrowest step, over the root of n. Infinite
+    where nothing is clipped.
     """
     region, steps = make_trust_region(config, sigmas), len(sigmas) - 1
+    if region.max_divergence is not None:
+        return math.inf
     ends = region.clip_range(torch.arange(steps))
     narrowest = min(float(torch.as_tensor(end).min()) for end in ends)
+    if region.normalised:  # its log-ratios are scaled by the std of their steps
+        sampling = config.sampling
+        return narrowest / float(transition_stds(sigmas, sampling.noise_level, sampling.sde).max())
     follows_length = region.spread is not None and config.objective.ratio == "chunk"
     return narrowest / steps**0.5 if follows_length else narrowest
 
-
+# %% ../../nbs/training/11_callbacks.ipynb #b060a231
 class ReplayCheck(Callback):
     """Replays the first rollout and stops the run if ratios are not 1; writes `replay.jsonl`."""
 
@@ -98,7 +105,7 @@ class ReplayCheck(Callback):
         report = check_replay(
             trainer.policy,
             rollout.recordings[0],
-            tolerance=limit if exact else None,
+            tolerance=limit if exact and math.isfinite(limit) else None,
             gradients=trainer.backend.keeps_gradients,
         )
         if report["log_prob_error"] > limit:

@@ -95,9 +95,8 @@ def _check_chunks(config: Config) -> None:
     """Chunker, weighting, selection and rewards per chunk fit the steps and each other."""
     objective, num_steps = config.objective, config.sampling.num_steps
     chunks = _num_chunks("chunker", objective.chunker, num_steps)
-    weighting = objective.step_weighting
-    if weighting not in (None, "chunk", "std"):
-        _num_chunks("ratio", weighting, num_steps)
+    if objective.weighting_chunker:
+        _num_chunks("ratio", objective.weighting_chunker, num_steps)
     if objective.chunk_rewards is not None:
         fixed = objective.chunker.split(":")[0] in _FIXED_CHUNKERS
         why = f"has {len(objective.chunk_rewards)} entries for the {chunks} chunks of"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..models.policy import Policy
@@ -16,10 +18,11 @@ from ..models.recording import Recording
 from ..objective import kl_to_reference, step_coefficients
 from .assignment import Assignment
 from .rollout import Rollout
-from ..trust_regions import TrustRegion
+from ..trust_regions import TrustRegion, kept_chunks
 
 # %% auto #0
-__all__ = ['Pass', 'plan_passes', 'ChunkLoss', 'Differentiator', 'UpdateGradient', 'measure_log_probs', 'accumulate_gradient']
+__all__ = ['Pass', 'plan_passes', 'Replayed', 'PolicyChange', 'ChunkLoss', 'Differentiator', 'UpdateGradient', 'measure_change',
+           'accumulate_gradient']
 
 # %% ../../nbs/training/07_gradient.ipynb #257e42e2
 @dataclass(frozen=True)
@@ -68,10 +71,32 @@ def plan_passes(
             passes.append(Pass(rollout.recordings[number], *columns))
     return passes
 
+# %% ../../nbs/training/07_gradient.ipynb #541bb208
+class Replayed(NamedTuple):
+    """The m transitions of a pass under the policy now; gradients flow through all but `std`."""
+
+    log_ratio: Tensor  # (m,) as the trust region measures it
+    divergence: Tensor  # (m,) KL from the sampled transition; 0 where the region needs none
+    mean: Tensor  # (m, ...) of the transitions
+    std: Tensor  # (m, 1, ...) of the transitions
+
+
+class PolicyChange(NamedTuple):
+    """How far the policy is from the one that sampled, in n * steps transitions."""
+
+    log_ratios: Tensor  # (n, steps) as the trust region measures them; 0 where not trained
+    divergences: Tensor  # (n, steps) KL from the sampled ones; 0 where not trained or needed
+
+    def keep(self, one_pass: Pass, replayed: Replayed) -> None:
+        """Write the values of a pass."""
+        place = one_pass.samples, one_pass.steps
+        self.log_ratios[place] = replayed.log_ratio.detach().to(self.log_ratios)
+        self.divergences[place] = replayed.divergence.detach().to(self.divergences)
+
 # %% ../../nbs/training/07_gradient.ipynb #5a6eeb4d
 @dataclass(frozen=True)
 class ChunkLoss:
-    """The clipped chunk objective of one update, as a weighted sum of log-probs (eq. 14, 15)."""
+    """The chunk objective of one update, as a weighted sum of log-ratios (eq. 14, 15)."""
 
     assignment: Assignment  # of this process's n samples
     old_log_probs: Tensor  # (n, steps)
@@ -84,28 +109,55 @@ class ChunkLoss:
         chosen = self.assignment.mask[sample]
         return bool(self.kl_weight or (self.assignment.advantages[sample][chosen] != 0).any())
 
-    def coefficients(self, log_probs: Tensor, one_pass: Pass) -> Tensor:
-        """(m,) the numbers c of a pass, given the values of all log-probs (n, steps)."""
-        samples, back = one_pass.samples.unique(return_inverse=True)
-        part = self.assignment.rows(samples)
-        per_step = step_coefficients(
-            log_probs[samples],
-            self.old_log_probs[samples],
-            part.chunk_ids,
-            part.advantages,
-            self.region.clip_range(part.chunk_ids, part.mask.shape[-1]),
-            part.mask,
-            part.weights,
-            self.num_samples,
-        )
-        return per_step[back, one_pass.steps]
+    def no_change(self) -> PolicyChange:
+        """The policy is the one that sampled."""
+        zeros = torch.zeros_like(self.old_log_probs)
+        return PolicyChange(zeros, zeros.clone())
 
-    def kl(self, policy: Policy, one_pass: Pass, mean: Tensor, std: Tensor) -> Tensor:
-        """KL of a pass's transitions to the reference: each sample's mean over its own steps."""
-        with torch.no_grad(), policy.reference():
-            _, reference, _ = policy.log_prob(one_pass.recording, one_pass.rows, one_pass.steps)
-        steps = self.assignment.trained.sum(1)[one_pass.samples].to(mean)
-        return (kl_to_reference(mean, reference, std) / (steps * self.num_samples)).sum()
+    def replay(self, policy: Policy, one_pass: Pass) -> Replayed:
+        """The transitions of a pass under the policy now."""
+        where = one_pass.recording, one_pass.rows, one_pass.steps
+        log_prob, mean, std = policy.log_prob(*where)
+        old = self.old_log_probs[one_pass.samples, one_pass.steps].to(log_prob)
+        divergence = torch.zeros_like(log_prob)
+        if self.region.needs_divergence:
+            divergence = kl_to_reference(mean, policy.sampled(*where).mean, std)
+        log_ratio = self.region.log_ratio(log_prob, old, divergence, std.flatten())
+        return Replayed(log_ratio, divergence, mean, std)
+
+# %% ../../nbs/training/07_gradient.ipynb #f999cc71
+@patch
+def coefficients(self: ChunkLoss, change: PolicyChange, one_pass: Pass) -> Tensor:
+    """(m,) the numbers c of a pass, given how far the policy is in all transitions."""
+    samples, back = one_pass.samples.unique(return_inverse=True)
+    part = self.assignment.rows(samples)
+    log_ratios, count = change.log_ratios[samples], part.mask.shape[-1]
+    divergences = change.divergences[samples]
+    kept = kept_chunks(self.region, log_ratios, divergences, part.chunk_ids, part.advantages, count)
+    weights = part.weights
+    if kept is not None:
+        weights = kept if weights is None else kept * weights
+    per_step = step_coefficients(
+        log_ratios,
+        torch.zeros_like(log_ratios),
+        part.chunk_ids,
+        part.advantages,
+        self.region.clip_range(part.chunk_ids, count),
+        part.mask,
+        weights,
+        self.num_samples,
+    )
+    return per_step[back, one_pass.steps]
+
+
+@patch
+def kl(self: ChunkLoss, policy: Policy, one_pass: Pass, replayed: Replayed) -> Tensor:
+    """KL of a pass's transitions to the reference: each sample's mean over its own steps."""
+    with torch.no_grad(), policy.reference():
+        _, reference, _ = policy.log_prob(one_pass.recording, one_pass.rows, one_pass.steps)
+    steps = self.assignment.trained.sum(1)[one_pass.samples].to(replayed.mean)
+    divergence = kl_to_reference(replayed.mean, reference, replayed.std)
+    return (divergence / (steps * self.num_samples)).sum()
 
 # %% ../../nbs/training/07_gradient.ipynb #93fee8ea
 class Differentiator:
@@ -127,7 +179,7 @@ class Differentiator:
 class UpdateGradient:
     """What is known after the gradient of an update has been accumulated."""
 
-    log_probs: Tensor  # (n, steps) under the policy now; the old ones where not trained
+    change: PolicyChange  # of the n samples, before the step
     kl: float  # to the reference, this process's part; 0 without a KL weight
     is_zero: bool  # whether every coefficient was 0, so that there is nothing to step along
     evaluations_trained: int  # transitions through the network with gradients
@@ -135,11 +187,12 @@ class UpdateGradient:
 
 # %% ../../nbs/training/07_gradient.ipynb #228d2801
 @torch.no_grad()
-def measure_log_probs(policy: Policy, passes: Sequence[Pass], log_probs: Tensor) -> None:
-    """Write the log-probs of the passes' transitions under the policy now into `log_probs`."""
+def measure_change(
+    policy: Policy, loss: ChunkLoss, passes: Sequence[Pass], change: PolicyChange
+) -> None:
+    """Write into `change` how far the policy is from the one that sampled, pass by pass."""
     for one_pass in passes:
-        value, _, _ = policy.log_prob(one_pass.recording, one_pass.rows, one_pass.steps)
-        log_probs[one_pass.samples, one_pass.steps] = value.to(log_probs)
+        change.keep(one_pass, loss.replay(policy, one_pass))
 
 # %% ../../nbs/training/07_gradient.ipynb #50d73a94
 def _must_stream(trained: Tensor, micro_batch: int, differentiator: Differentiator) -> bool:
@@ -150,10 +203,10 @@ def _must_stream(trained: Tensor, micro_batch: int, differentiator: Differentiat
 
 def _idle(policy: Policy, loss: ChunkLoss, differentiator: Differentiator, one_pass: Pass) -> None:
     """A pass of a process that has less to do than the others: the same calls, a loss of 0."""
-    log_prob, mean, std = policy.log_prob(one_pass.recording, one_pass.rows, one_pass.steps)
+    replayed = loss.replay(policy, one_pass)
     if loss.kl_weight:
-        loss.kl(policy, one_pass, mean, std)
-    differentiator.backward(0 * log_prob.sum())
+        loss.kl(policy, one_pass, replayed)
+    differentiator.backward(0 * replayed.log_ratio.sum())
 
 # %% ../../nbs/training/07_gradient.ipynb #7a1700e5
 def accumulate_gradient(
@@ -183,25 +236,24 @@ def accumulate_gradient(
     idle = differentiator.agree_on_passes(len(passes)) - len(passes)
     first = Pass(rollout.recordings[0], *torch.zeros(3, 1, dtype=torch.long))
 
-    log_probs = loss.old_log_probs.clone()
+    change, sampled = loss.no_change(), loss.no_change()
     if streamed:
-        measure_log_probs(policy, passes, log_probs)
-        measure_log_probs(policy, [first] * idle, log_probs.clone())
+        measure_change(policy, loss, passes, change)
+        measure_change(policy, loss, [first] * idle, loss.no_change())
     kl, is_zero = 0.0, True
     for one_pass in passes:
-        log_prob, mean, std = policy.log_prob(one_pass.recording, one_pass.rows, one_pass.steps)
+        replayed = loss.replay(policy, one_pass)
         if not streamed:
-            log_probs[one_pass.samples, one_pass.steps] = log_prob.detach().to(log_probs)
-        known = loss.old_log_probs if on_policy else log_probs
-        coefficients = loss.coefficients(known, one_pass)
+            change.keep(one_pass, replayed)
+        coefficients = loss.coefficients(sampled if on_policy else change, one_pass)
         is_zero = is_zero and not (kl_weight or coefficients.any())
-        total = (coefficients.to(log_prob) * log_prob).sum()
+        total = (coefficients.to(replayed.log_ratio) * replayed.log_ratio).sum()
         if kl_weight:
-            divergence = loss.kl(policy, one_pass, mean, std)
+            divergence = loss.kl(policy, one_pass, replayed)
             total = total + kl_weight * divergence
             kl += float(divergence.detach())
         differentiator.backward(differentiator.loss_scale * total)
     for _ in range(idle):
         _idle(policy, loss, differentiator, first)
     evaluated = sum(map(len, passes))
-    return UpdateGradient(log_probs, kl, is_zero, evaluated, evaluated * streamed)
+    return UpdateGradient(change, kl, is_zero, evaluated, evaluated * streamed)

@@ -16,8 +16,9 @@ from ..chunking import chunk_to_steps
 from ..objective import chunk_ratio, clip_shares, diagnose
 from .assignment import Assignment, chunking_report
 from .config import Config
+from .gradient import PolicyChange
 from .rollout import Rollout
-from ..trust_regions import TrustRegion
+from ..trust_regions import TrustRegion, kept_chunks
 
 # %% auto #0
 __all__ = ['Experience', 'Update', 'plain', 'metrics_row']
@@ -30,7 +31,6 @@ class Experience:
     rollout: Rollout  # this process's share, with trajectories and images
     rewards: dict[str, Tensor]  # name -> (n,)
     curves: Tensor  # (n, steps) dynamics
-    log_probs: Tensor  # (n, steps) under the policy that sampled
 
     @property
     def iteration(self) -> int:
@@ -47,7 +47,7 @@ class Update:
     region: TrustRegion
     number: int  # in its iteration, from 0
     samples: list[int]  # that were trained on
-    log_probs: Tensor  # (n, steps) just before the step; the old ones where not trained
+    change: PolicyChange  # of the n samples, just before the step
     kl: float  # mean to the reference; 0 without a KL weight
     grad_norm: float  # before clipping; 0 where no step was made
     learning_rate: float
@@ -80,16 +80,16 @@ def _ratio_metrics(update: Update) -> dict:
     """Ratios, clipping and shift of log-probs of the trained chunks and steps."""
     chosen = torch.tensor(update.samples)
     part = update.assignment.rows(chosen)
-    new, old = update.log_probs[chosen], update.experience.log_probs[chosen]
+    log_ratios = update.change.log_ratios[chosen]
     found = diagnose(
-        new,
-        old,
+        log_ratios,
+        torch.zeros_like(log_ratios),
         part.chunk_ids,
         part.advantages,
         update.region.clip_range(part.chunk_ids, part.mask.shape[-1]),
         part.mask,
     )
-    shift = ((new - old).abs() * part.trained).sum(0) / part.trained.sum(0)
+    shift = (log_ratios.abs() * part.trained).sum(0) / part.trained.sum(0)
     return {
         "ratio_mean": found.ratio_mean,
         "ratio_std": found.ratio_std,
@@ -103,12 +103,13 @@ def _clip_metrics(update: Update) -> dict:
     """Spread of the step ratios, and the shares that the clip range cuts, by chunk and step."""
     chosen = torch.tensor(update.samples)
     part, trained = update.assignment.rows(chosen), update.assignment.trained[chosen]
-    new, old = update.log_probs[chosen], update.experience.log_probs[chosen]
-    ratio = chunk_ratio(new, old, part.chunk_ids, part.mask.shape[-1])
-    step_ratio = (new - old).exp()
+    log_ratios = update.change.log_ratios[chosen]
+    zeros = torch.zeros_like(log_ratios)
+    ratio = chunk_ratio(log_ratios, zeros, part.chunk_ids, part.mask.shape[-1])
+    step_ratio = log_ratios.exp()
     step_advantages = chunk_to_steps(part.advantages, part.chunk_ids)
     bounds = update.region.clip_range(part.chunk_ids, part.mask.shape[-1])
-    step_bounds = update.region.clip_range(torch.arange(new.shape[1]).expand_as(new))
+    step_bounds = update.region.clip_range(torch.arange(zeros.shape[1]).expand_as(zeros))
     chunks = clip_shares(ratio, part.advantages, *bounds, part.mask)
     steps = clip_shares(step_ratio, step_advantages, *step_bounds, trained)
     squares = torch.where(trained, (step_ratio - 1).square(), 0).sum(0) / trained.sum(0)
@@ -119,6 +120,27 @@ def _clip_metrics(update: Update) -> dict:
         "clip_low_by_step": steps.low,
         "clip_high_by_step": steps.high,
     }
+
+# %% ../../nbs/training/10_metrics.ipynb #de8c14ff
+def _divergence_metrics(update: Update) -> dict:
+    """Distance of the trained steps from the sampled ones, and the share of chunks it drops."""
+    if not update.region.needs_divergence:
+        return {}
+    chosen = torch.tensor(update.samples)
+    part = update.assignment.rows(chosen)
+    log_ratios, divergences = (values[chosen] for values in update.change)
+    row = {"divergence": (divergences * part.trained).sum(0) / part.trained.sum(0)}
+    kept = kept_chunks(
+        update.region,
+        log_ratios,
+        divergences,
+        part.chunk_ids,
+        part.advantages,
+        part.mask.shape[-1],
+    )
+    if kept is not None:
+        row["dropped_chunks"] = 1 - kept[part.mask].mean()
+    return row
 
 # %% ../../nbs/training/10_metrics.ipynb #efde61b1
 def metrics_row(config: Config, update: Update, evaluations: dict[str, int]) -> dict:
@@ -134,6 +156,7 @@ def metrics_row(config: Config, update: Update, evaluations: dict[str, int]) -> 
         "learning_rate": update.learning_rate,
         **_ratio_metrics(update),
         **_clip_metrics(update),
+        **_divergence_metrics(update),
         **chunking_report(update.assignment.drawn_ids, config.data.group_size),
         **{f"evaluations_{name}": count for name, count in evaluations.items()},
     }

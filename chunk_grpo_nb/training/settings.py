@@ -231,12 +231,14 @@ class ObjectiveSettings(_Group):
     )
     fraction: float = setting(0.5, "share of the chunks that is trained", above=0, at_most=1)
     ratio: str = setting(
-        "chunk", "a likelihood ratio per chunk, or per step: step, step:chunk, step:std, step:SPEC"
+        "chunk",
+        "a likelihood ratio per chunk, or per step: step; weighted by chunk:std, chunk:stride, "
+        "step:std, step:stride, step:chunk, step:SPEC",
     )
     trust_region: str = setting(
         "clip",
-        "what ends the gradient of a ratio: clip, clip:length (FSPO), clip:spread",
-        choices=("clip", "clip:length", "clip:spread"),
+        "what ends the gradient of a ratio: clip, clip:length (FSPO), clip:spread, "
+        "guard (GRPO-Guard), dppo:KAPPA (Flow-DPPO)",
     )
     clip_low: float = setting(1e-3, "ratios are clipped at 1 - clip_low", above=0, at_most=1)
     clip_high: float = setting(1e-3, "ratios are clipped at 1 + clip_high", above=0)
@@ -246,16 +248,35 @@ class ObjectiveSettings(_Group):
         """Rewards are weighted by numbers; a weighting belongs to steps."""
         _check_rewards(self)
         _check_ratio(self)
+        _check_trust_region(self)
 
 # %% ../../nbs/training/01_settings.ipynb #6a0eeb96
 def _check_ratio(objective: ObjectiveSettings) -> None:
-    """A ratio belongs to a chunk, or to a step, whose weighting may follow."""
+    """A ratio belongs to a chunk or a step; their weighting may follow."""
     level, colon, weighting = objective.ratio.partition(":")
-    if objective.ratio != "chunk" and (level != "step" or bool(colon) != bool(weighting)):
-        words = "must be chunk, step, step:chunk, step:std, or step: and a chunker"
+    of_chunks = level == "chunk" and weighting in ("", "std", "stride")
+    if not (of_chunks or level == "step") or bool(colon) != bool(weighting):
+        words = (
+            "must be chunk, chunk:std, chunk:stride, step, step:std, step:stride, step:chunk, "
+            "or step: and a chunker"
+        )
         refuse("ratio", objective.ratio, words)
 
 
+def _check_trust_region(objective: ObjectiveSettings) -> None:
+    """One of the rules; Flow-DPPO's comes with its threshold."""
+    rules = ("clip", "clip:length", "clip:spread", "guard")
+    if objective.trust_region in rules:
+        return
+    try:
+        fits = 0 < (objective.max_divergence or 0) < math.inf
+    except ValueError:
+        fits = False
+    if not fits:
+        words = f"must be {', '.join(rules)}, or dppo: and a positive number, as in dppo:1.0e-5"
+        refuse("trust_region", objective.trust_region, words)
+
+# %% ../../nbs/training/01_settings.ipynb #5f4cb7aa
 def _check_weights(name: str, weights: Any, options: bool) -> None:
     """Refuse what is not `{name: weight}`, with `options` also `{name: {weight: ...}}`."""
     allowed = "{name: weight} or {name: {weight: w, ...}}" if options else "{name: weight}"
@@ -303,9 +324,17 @@ def reward_options(self: ObjectiveSettings) -> dict[str, dict]:
 
 
 @patch(as_prop=True)
-def step_weighting(self: ObjectiveSettings) -> str | None:
-    """What follows `step:` in `ratio`; None where steps are weighted alike or not at all."""
-    return self.ratio.partition(":")[2] or None
+def weighting_chunker(self: ObjectiveSettings) -> str | None:
+    """The chunker in `ratio` whose implied weights the steps get; None where there is none."""
+    weighting = self.ratio.partition(":")[2]
+    return None if weighting in ("", "chunk", "std", "stride") else weighting
+
+
+@patch(as_prop=True)
+def max_divergence(self: ObjectiveSettings) -> float | None:
+    """The threshold of `trust_region: dppo:KAPPA`; None under another rule."""
+    rule, _, threshold = self.trust_region.partition(":")
+    return float(threshold) if rule == "dppo" else None
 
 # %% ../../nbs/training/01_settings.ipynb #887d8b48
 @dataclass(frozen=True)

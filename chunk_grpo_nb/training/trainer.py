@@ -19,12 +19,11 @@ from chunk_grpo_nb.training.assignment import (
     Assignment,
     assign_credit,
     make_trust_region,
-    transition_stds,
     update_batches,
 )
 from .callbacks import Callback
 from .config import Config
-from .gradient import UpdateGradient, accumulate_gradient
+from .gradient import PolicyChange, UpdateGradient, accumulate_gradient
 from .metrics import Experience, Update
 from .checkpoints import list_checkpoints
 from .records import RunFolder
@@ -77,7 +76,6 @@ def gather_experience(trainer: Trainer, rollout: Rollout) -> Experience:
         rollout,
         {name: gather(r) for name, r in rollout.rewards.items()},
         gather(rollout.curves),
-        gather(rollout.log_probs),
     )
     trainer.evaluations["sampled"] += len(experience.curves) * trainer.config.sampling.num_steps
     return experience
@@ -85,14 +83,12 @@ def gather_experience(trainer: Trainer, rollout: Rollout) -> Experience:
 
 def assign(trainer: Trainer, experience: Experience) -> Assignment:
     """Advantages from the rewards, chunks from the dynamics, and the selection of chunks."""
-    sampler = trainer.sampler
-    stds = transition_stds(experience.rollout.sigmas, sampler.noise_level, sampler.kind)
     return assign_credit(
         trainer.config,
         experience.rewards,
         experience.curves,
         experience.iteration,
-        stds,
+        experience.rollout.sigmas[:-1],
         trainer.chunker,
     )
 
@@ -187,7 +183,7 @@ def optimise(
         region,
         number,
         samples,
-        backend.gather(gradient.log_probs),
+        PolicyChange(*map(backend.gather, gradient.change)),
         float(backend.gather(torch.tensor([gradient.kl], dtype=torch.float64)).sum()),
         norm,
         learning_rate,
