@@ -157,6 +157,9 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
         (b"model: \x07bell\n", "not readable"),
         (b"x" * 2_000_000, "2000000 bytes"),
         (b"num_steps: 1000000000000000000\n", "at most"),
+        (b"num_steps: 1:30\n", "num_steps = '1:30' is a str"),
+        (b"seed: 017\n", "seed = '017' is a str"),
+        (b"clip_high: 1:30.5\n", "clip_high = '1:30.5' is a str"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, words):

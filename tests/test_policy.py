@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import (
     PROMPTS,
@@ -610,6 +611,47 @@ def test_a_file_without_metadata_counts_as_diffusers_counts_it(tmp_path):
     tiny_policy("flux", lora_rank=2, lora_alpha=2).load_weights(tmp_path)
     with pytest.raises(ValueError, match="lora_alpha=2, this policy has lora_rank=2, lora_alpha=4"):
         tiny_policy("flux", lora_rank=2).load_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"transformer.use_rslora": True}, "use_rslora = True: such a LoRA is scaled otherwise"),
+        ({"transformer.alpha_pattern": {"x": 9}}, "alpha_pattern"),
+        ({"transformer.rank_pattern": {"x": 9}}, "rank_pattern"),
+        ({"transformer.use_dora": True}, "use_dora"),
+        ({"transformer.lora_alpha": 2.5}, "has lora_rank=2, lora_alpha=2.5, this policy"),
+        ({"transformer.lora_alpha": "four"}, "lora_adapter_metadata"),
+        ({"transformer.lora_alpha": -4}, "lora_alpha=-4: must be a number above 0"),
+        ({"transformer.lora_alpha": None, "transformer.r": 2.5}, "lora_rank=2.5"),
+        ("{", "lora_adapter_metadata"),
+        ("3", "lora_adapter_metadata"),
+        ("[" * 100_000, "lora_adapter_metadata"),
+    ],
+)
+def test_notes_of_a_lora_that_mean_another_strength_are_refused(tmp_path, change, message):
+    path = tiny_policy("flux", lora_rank=2).save(tmp_path) / LORA_FILE
+    weights = load_file(path)
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(notes["lora_adapter_metadata"]) | change)
+    save_file(weights, path, {**notes, "lora_adapter_metadata": change})
+    with pytest.raises(ValueError, match=message) as refusal:
+        tiny_policy("flux", lora_rank=2).load_weights(tmp_path)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_lora_is_the_same_bytes_in_every_process(tmp_path):
+    """The names of its layers are a set in peft, which comes in another order every time."""
+    policy = tiny_policy("flux", lora_rank=2)
+    config = policy.transformer.peft_config["default"]
+    files = []
+    for number, reverse in enumerate((False, True)):
+        config.target_modules = sorted(config.target_modules, reverse=reverse)
+        folder = policy.save(tmp_path / str(number))
+        files.append((folder / LORA_FILE).read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model.", "lora_unet_", "unet."])

@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 
 from chunk_grpo_nb.training import records
 from chunk_grpo_nb.training.checkpoints import (
@@ -30,6 +33,7 @@ from chunk_grpo_nb.training.records import (
     log_row,
     read_rows,
     run_manifest,
+    save_images,
 )
 
 NO_CHANGES = ResumeChanges({}, {})
@@ -215,6 +219,23 @@ def test_a_full_disk_leaves_the_checkpoints_before(run, monkeypatch):
         iterate(run, 1)
     assert list_checkpoints(run) == [before]
     assert newest_checkpoint(run).iteration == 1 and not list(run.path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_named_with_what_could_not_be_written(run):
+    """Rows and pictures, which are not written at one go, and the policy of safetensors."""
+    (run.path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="could not write .*metrics.jsonl.*No space.*MB are free"):
+        log_row(run, {"iteration": 1})
+    (run.path / "samples/x.png").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="could not write .*x.png.*No space"):
+        save_images(run, "x", [Image.new("RGB", (8, 8))], columns=1)
+
+    def save(folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.raises(OSError, match="could not write .*policy.*No space"):
+        write_folder(run, "policy", save)
 
 
 def test_one_process_writes(run):

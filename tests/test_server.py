@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from chunk_grpo_nb.rewards.combined import WeightedReward
-from chunk_grpo_nb.rewards.judges import VlmJudge, VlmPreference, read_rating
+from chunk_grpo_nb.rewards.judges import VlmJudge, VlmPreference, read_preference, read_rating
 from chunk_grpo_nb.rewards.registry import (
     RewardError,
     RewardUnavailable,
@@ -616,6 +616,12 @@ def test_judge_without_a_score_is_nan_with_a_warning():
         ('{"final_score": 4}', 4.0),
         ("Final Score: 4,5", 4.5),
         ("Final Score: 4 out of 5", 4.0),
+        ("Final Score: 4 out of 5 stars", 4.0),
+        ("Final Score: 3 stars out of 5", 3.0),
+        ("Final-Score: 2", 2.0),
+        ("Final Score from 1 to 5 = 2", 2.0),
+        ("Final Score: $\\boxed{4}$", 4.0),
+        ("Final Score: 4\nFinal Score scale: 1 to 5", 4.0),
         ("end with 'Final Score: x', x from 1 to 5. Final Score: 2", 2.0),
         ("Final Score (1-5): 4\nThe 3 foxes are fine.", 4.0),
     ],
@@ -628,7 +634,10 @@ def test_ratings(text, value):
 @pytest.mark.parametrize(
     "text",
     ["Final Score: 95", "Final Score: 0", "Final Score: 4/10", "Final Score: 50 out of 100", "none",
-     "Final Score: five", "Final Score: "],
+     "Final Score: five", "Final Score: ", "Final Score: 3-4", "Final Score: 4–5",
+     "Final Score: 1e3", "Final Score: 3 or 4", "Final Score: between 3 and 4",
+     "Final Score: \N{MINUS SIGN}3",
+     "Final Score: 5 stars out of 10", "Final Score: 3 to 4"],
 )  # fmt: skip
 def test_ratings_off_the_scale_are_no_ratings(text):
     assert math.isnan(read_rating(text, scale=(1, 5)))
@@ -674,6 +683,11 @@ def test_scales_of_other_judges():
     options = dict(url="http://127.0.0.1:1", model="m", scale=(0, 100))
     judge = make_reward("vlm_judge", transport=chat("Final Score: 95/100"), **options)
     assert score(judge, IMAGES[:1], ["a"]).tolist() == [95.0]
+
+
+@pytest.mark.parametrize("text", ["Better: 1 or 2", "Better: first and second", "Better: 12", ""])
+def test_a_judge_that_does_not_choose_has_no_preference(text):
+    assert math.isnan(read_preference(text))
 
 
 def test_preferences_are_win_rates_of_whole_groups():

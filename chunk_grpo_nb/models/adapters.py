@@ -149,7 +149,7 @@ def read_lora_file(path: str | Path) -> LoraFile:
     from safetensors import SafetensorError, safe_open
 
     prefix = "transformer."
-    weights, size = {}, None
+    weights = {}
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():
@@ -160,12 +160,30 @@ def read_lora_file(path: str | Path) -> LoraFile:
                         "by load_lora_weights and save it by save_lora_weights"
                     )
                 weights[name.removeprefix(prefix)] = file.get_tensor(name)
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     except (SafetensorError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {str(error)[:200]}") from error
-    if f"{prefix}r" in metadata:
-        size = LoraSize(metadata[f"{prefix}r"], metadata[f"{prefix}lora_alpha"])
+    try:
+        size = _noted_size(json.loads(metadata), prefix)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: its lora_adapter_metadata: {str(error)[:200]}") from error
     return LoraFile(weights, size)
+
+# %% ../../nbs/models/10_adapters.ipynb #9d3596be
+def _noted_size(metadata: dict, prefix: str) -> LoraSize | None:
+    """Rank and strength as the metadata of a file note them; None where they do not.
+
+    Raises ValueError for a LoRA whose layers are scaled otherwise than by alpha / rank.
+    """
+    if f"{prefix}r" not in metadata:
+        return None
+    for other in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+        if found := metadata.get(f"{prefix}{other}"):
+            raise ValueError(
+                f"{other} = {str(found)[:60]}: such a LoRA is scaled otherwise than by "
+                "lora_alpha / lora_rank; merge it into the base weights and train on top of them"
+            )
+    return lora_size(metadata[f"{prefix}r"], metadata[f"{prefix}lora_alpha"])
 
 
 def _prefix(name: str) -> str:

@@ -23,9 +23,14 @@ from .registry import register_reward
 from .remote import ask, encode_image, http_client, reach
 
 # %% ../../nbs/rewards/16_judges.ipynb #8c14a0ec
-_FINAL = re.compile(r"final[\s_]*score", flags=re.IGNORECASE)
-_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)?")
-_OUT_OF = re.compile(r"[\s*]*(?:/|out\s+of)\s*(\d+(?:\.\d+)?)", flags=re.IGNORECASE)
+_FINAL = re.compile(r"final[\s_-]*score", flags=re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:[.,]\d+)?(?![\w.]*\d)")
+_OUT_OF = re.compile(
+    r"[\s*]*(?:stars?|points?)?[\s*]*(?:/|out\s+of)\s*(\d+(?:\.\d+)?)", flags=re.IGNORECASE
+)
+_RANGE = re.compile(
+    r"between\s+[\d.]+\s+and\b|\d[\s*]*(?:[-–—]|to\b|or\b)[\s*]*\d", flags=re.IGNORECASE
+)
 _BRACKETS = re.compile(r"\([^)]*\)|\[[^\]]*\]")
 
 
@@ -35,14 +40,19 @@ def _first_line(text: str) -> str:
 
 
 def _number_after(text: str) -> re.Match | None:
-    """The number that follows the words "final score", a scale in brackets or words left out."""
+    """The number that follows the words "final score", a scale in brackets or words left out.
+
+    A range, such as 3-4, is none.
+    """
+    text = text.replace("\N{MINUS SIGN}", "-")
     for line in (_first_line(_BRACKETS.sub(" ", text)), _first_line(text)):
         after_colon = max(line.find(":"), line.find("=")) + 1
-        if found := _NUMBER.search(line, after_colon) or _NUMBER.search(line):
+        found = _NUMBER.search(line, after_colon) or _NUMBER.search(line)
+        if found and not _RANGE.search(line, after_colon):
             return found
     return None
 
-
+# %% ../../nbs/rewards/16_judges.ipynb #bc786009
 def read_rating(
     text: str,
     pattern: str | None = None,  # of your own; group 1 is the number, the last match counts
@@ -199,7 +209,9 @@ _PREFER = (
     "relations better, and which is the better picture. Then end with a line 'Better: x', "
     "x being 1 for the first image, 2 for the second, or 'tie'."
 )
-_BETTER = re.compile(r"better\W*?(?:image\W*?)?\b(1|2|first|second|tie)\b", flags=re.IGNORECASE)
+_BETTER = re.compile(
+    r"better\W*?(?:image\W*?)?\b(1|2|first|second|tie)\b(?!\s+(?:or|and)\b)", flags=re.IGNORECASE
+)
 
 
 def read_preference(text: str) -> float:

@@ -21,6 +21,7 @@ from chunk_grpo_nb.training.records import (
     file_hash,
     read_json,
     write_atomically,
+    writing,
     write_json,
 )
 
@@ -82,10 +83,11 @@ def write_folder(run: RunFolder, name: str, write: Callable[[Path], Any]) -> Pat
     One of that name that is there is replaced.
     """
     folder, temporary = run.path / name, run.path / f"{name}.tmp"
-    _remove(temporary)
-    write(temporary)
-    _remove(folder)
-    os.replace(temporary, folder)
+    with writing(folder):
+        _remove(temporary)
+        write(temporary)
+        _remove(folder)
+        os.replace(temporary, folder)
     return folder
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/02_config.ipynb #3ccc7443
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -183,8 +184,21 @@ _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 20
 
 
+_INTEGER = "tag:yaml.org,2002:int"
+_FLOAT = "tag:yaml.org,2002:float"
+_NOT_A_NUMBER = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+)(?:\.[0-9_]*)?$")
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
+    """Safe YAML that refuses a key given twice, and reads 1:30 and 017 as text.
+
+    YAML 1.1 makes 90 and 15 of them, which nobody means here.
+    """
+
+    def resolve(self, kind, value, implicit):
+        tag = super().resolve(kind, value, implicit)
+        odd = tag in (_INTEGER, _FLOAT) and implicit[0] and _NOT_A_NUMBER.match(value)
+        return self.DEFAULT_SCALAR_TAG if odd else tag
 
     def construct_mapping(self, node, deep=False):
         seen = set()

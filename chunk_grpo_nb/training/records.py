@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,9 @@ from .config import Config, load_config, save_config
 from .settings import SCHEMA_VERSION
 
 # %% auto #0
-__all__ = ['file_hash', 'hash_inputs', 'run_manifest', 'write_atomically', 'write_json', 'read_json', 'RunFolder', 'lock_run',
-           'log_row', 'read_rows', 'last_row', 'drop_rows_after', 'cut_rows', 'count_rows', 'save_table', 'read_table',
-           'image_grid', 'save_images']
+__all__ = ['file_hash', 'hash_inputs', 'run_manifest', 'writing', 'write_atomically', 'write_json', 'read_json', 'RunFolder',
+           'lock_run', 'log_row', 'read_rows', 'last_row', 'drop_rows_after', 'cut_rows', 'count_rows', 'save_table',
+           'read_table', 'image_grid', 'save_images']
 
 # %% ../../nbs/training/03_records.ipynb #e09fc106
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -89,17 +90,34 @@ def run_manifest(
     }
 
 # %% ../../nbs/training/03_records.ipynb #3bcffb3a
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what hinders writing is an OSError that names the path and the room that is left."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free // 1_000_000
+        raise OSError(f"could not write {path}: {e} ({free} MB are free there)") from e
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write(temporary path)`, bring it to disk, rename it."""
+    """Call `write(temporary path)`, bring it to disk, rename it.
+
+    Raises OSError where that fails; what was there before is untouched then.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            write(temporary)
+            with open(temporary, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {e}; what was there before is untouched") from e
+        raise OSError(f"{e}; what was there before is untouched") from e
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -218,7 +236,8 @@ def _read_jsonl(path: Path) -> list[dict]:
 
 def log_row(run: RunFolder, row: Mapping, name: str = "metrics") -> None:
     """Append one row to `NAME.jsonl`. Values are plain numbers, strings, or lists of them."""
-    with open(run.path / f"{name}.jsonl", "a", encoding="utf-8") as f:
+    path = run.path / f"{name}.jsonl"
+    with writing(path), open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
 
 
@@ -306,5 +325,6 @@ def image_grid(images: Sequence, columns: int, tile: int = 96, gap: int = 4):
 def save_images(run: RunFolder, name: str, images: Sequence, columns: int) -> Path:
     """Write a grid as `samples/NAME.png`."""
     path = run.path / "samples" / f"{name}.png"
-    image_grid(images, columns).save(path)
+    with writing(path):
+        image_grid(images, columns).save(path)
     return path
