@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_runs import make_folder, tiny_config
 
+from chunk_grpo_nb.training.callbacks import Callback
 from chunk_grpo_nb.training.checkpoints import list_checkpoints, load_checkpoint
 from chunk_grpo_nb.training.records import RunFolder, read_rows
 from chunk_grpo_nb.training.trainer import train
@@ -104,3 +105,49 @@ def test_dppo_drops_chunks_that_have_gone_too_far(folder):
     assert rows["dropped_chunks"].iloc[0] == 0  # no ratio has moved yet
     assert 0 < rows["dropped_chunks"].iloc[-1] < 1
     assert clipped(found)[-1] == 0
+
+
+def test_a_window_of_all_steps_is_the_plain_run(folder, plain):
+    whole = run(folder, "whole_window", sde_window=5)
+    assert torch.equal(weights(whole), weights(plain))
+    rows = read_rows(whole)
+    assert (rows.pop("first_step") == 0).all() and rows.equals(read_rows(plain))
+
+
+WINDOW = {"sde_window": 2, "window_stride": 2, "chunker": "fixed:1,1", "iterations": 4}
+
+
+def test_a_window_moves_and_saves_network_evaluations(folder, plain):
+    moving = run(folder, "window", **WINDOW)
+    rows = read_rows(moving).groupby("iteration").last()
+    assert rows["first_step"].tolist() == [0, 2, 3, 0]
+    assert rows["chunk_sizes"].tolist() == [[1, 1]] * 4
+    first, whole = rows.iloc[0], read_rows(plain).iloc[-1]
+    assert first["evaluations_trained"] * 5 == whole["evaluations_trained"] * 2
+    assert first["evaluations_sampled"] == whole["evaluations_sampled"]
+
+
+class Watch(Callback):
+    """Keeps what each iteration trains."""
+
+    def __init__(self):
+        self.rollouts = []
+
+    def on_rollout(self, trainer, rollout):
+        self.rollouts.append(rollout)
+
+
+def test_outside_the_window_there_is_no_noise(folder):
+    watch = Watch()
+    config = tiny_config(folder, validate_every=0, **WINDOW)
+    train(config, folder / "window_watched", callbacks=[watch])
+    for rollout, first in zip(watch.rollouts, [0, 2, 3, 0], strict=True):
+        recording = rollout.recordings[0]
+        inside = torch.isin(torch.arange(5), torch.tensor([first, first + 1]))
+        assert (recording.log_probs.isfinite().all(0) == inside).all()
+        assert torch.equal(rollout.log_probs, recording.log_probs[:, inside])
+        assert rollout.curves.shape == (8, 2)
+        assert torch.equal(rollout.sigmas, recording.sigmas[first : first + 3])
+        outside = recording.velocities * recording.sigmas.diff()[:, None, None]
+        moved = recording.latents.diff(dim=1)
+        torch.testing.assert_close(moved[:, :5][:, ~inside], outside[:, :5][:, ~inside])

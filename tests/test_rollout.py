@@ -6,6 +6,7 @@ import pytest
 import torch
 from stub_policy import StubPolicy
 
+from chunk_grpo_nb.models.sampler import Sampler
 from chunk_grpo_nb.prompts import Prompt
 from chunk_grpo_nb.rewards.registry import RewardError
 from chunk_grpo_nb.training.rollout import (
@@ -26,7 +27,7 @@ def brightness(images, prompts, metadata):
 def rollout(policy=None, score=None, **options):
     score = score or scorer({"brightness": brightness})
     options = {"iteration": 3, "seed": 1, "group_size": 4} | options
-    return draw_rollout(policy or StubPolicy(), PROMPTS, None, score, **options)
+    return draw_rollout(policy or StubPolicy(), PROMPTS, Sampler(4), score, **options)
 
 
 def test_seeds_depend_on_every_part_of_the_name():
@@ -147,7 +148,7 @@ def test_rewards_of_whole_groups_see_whole_groups(batch):
 def test_two_slots_of_one_prompt_are_two_groups():
     score = scorer({"wins": win_share})
     options = {"iteration": 0, "seed": 1, "group_size": 4}
-    twice = draw_rollout(StubPolicy(), [PROMPTS[0]] * 2, None, score, **options)
+    twice = draw_rollout(StubPolicy(), [PROMPTS[0]] * 2, Sampler(4), score, **options)
     assert (twice.rewards["wins"].reshape(2, 4).max(1).values == 1).all()
 
 

@@ -41,13 +41,14 @@ def finish(
     states = recording.latents[:, step]
     for t in range(step, last + 1):
         velocity = _velocity(policy, recording, states, t, batch)
-        kind = "ode" if t == last else recording.sampler.kind
+        noisy = t < last and recording.sampler.stochastic[t]
+        kind = recording.sampler.kind if noisy else "ode"
         sigma, sigma_next = recording.sigmas[t : t + 2]
         transition = sde_step(
             velocity, states, sigma, sigma_next, recording.sampler.noise_level, kind
         )
         states = transition.mean
-        if kind != "ode" and recording.sampler.noise_level:
+        if noisy:
             noise = [torch.randn(states.shape[1:], generator=g) for g in generators]
             states = transition.sample(torch.stack(noise).to(states))
     return states

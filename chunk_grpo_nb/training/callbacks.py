@@ -100,7 +100,7 @@ class ReplayCheck(Callback):
 
     def _check(self, trainer, rollout: Rollout) -> dict[str, float]:
         settings = trainer.config.policy
-        limit = narrowest_clip(trainer.config, rollout.sigmas[:-1]) / 10
+        limit = narrowest_clip(trainer.config, rollout.sigmas) / 10
         exact = settings.dtype in ("float32", "float64") and settings.mixed_precision == "no"
         report = check_replay(
             trainer.policy,

@@ -75,17 +75,17 @@ def _check_batches(config: Config) -> None:
         )
 
 
-def _num_chunks(name: str, spec: str, num_steps: int) -> int:
+def _num_chunks(name: str, spec: str, sampling: SamplingSettings) -> int:
     """How many chunks a falling curve is cut into; a chunker that does not fit is refused."""
     import torch
     from chunk_grpo_nb.chunking import make_chunker
 
-    steps = num_steps - 1
+    steps = sampling.trained_steps
     curve = torch.linspace(1, 0.1, steps)[None]
     try:
         ids = make_chunker(spec)(curve, torch.zeros(1, dtype=torch.long))
     except ValueError as e:
-        refuse(name, spec, f"does not fit {num_steps} steps ({steps} trained): {e}")
+        refuse(name, spec, f"does not fit {sampling.num_steps} steps ({steps} trained): {e}")
     return int(ids.max()) + 1
 
 # %% ../../nbs/training/02_config.ipynb #c8fb97b8
@@ -94,10 +94,10 @@ _FIXED_CHUNKERS = ("step", "sequence", "fixed", "uniform", "segment")
 
 def _check_chunks(config: Config) -> None:
     """Chunker, weighting, selection and rewards per chunk fit the steps and each other."""
-    objective, num_steps = config.objective, config.sampling.num_steps
-    chunks = _num_chunks("chunker", objective.chunker, num_steps)
+    objective, sampling = config.objective, config.sampling
+    chunks = _num_chunks("chunker", objective.chunker, sampling)
     if objective.weighting_chunker:
-        _num_chunks("ratio", objective.weighting_chunker, num_steps)
+        _num_chunks("ratio", objective.weighting_chunker, sampling)
     if objective.chunk_rewards is not None:
         fixed = objective.chunker.split(":")[0] in _FIXED_CHUNKERS
         why = f"has {len(objective.chunk_rewards)} entries for the {chunks} chunks of"
@@ -105,6 +105,9 @@ def _check_chunks(config: Config) -> None:
             why = "needs a fixed number of chunks, which is not so for"
         if not fixed or len(objective.chunk_rewards) != chunks:
             refuse("chunk_rewards", objective.chunk_rewards, f"{why} {objective.chunker!r}")
+    if sampling.window_moves and objective.chunker.startswith("online"):
+        words = "averages curves of the same steps; set window_stride = 0, or another chunker"
+        refuse("chunker", objective.chunker, words)
     _check_selection(objective, chunks)
 
 

@@ -33,6 +33,7 @@ class Pass:
     rows: Tensor  # (m,) rows of the recording
     steps: Tensor  # (m,) steps of these rows
     samples: Tensor  # (m,) number of each sample in this process's rollout
+    columns: Tensor  # (m,) number of each step among the rollout's trained steps
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,15 +61,15 @@ def plan_passes(
     by_recording: dict[int, list] = {}
     for sample in samples:
         number, row = rollout.locate(sample)
-        pairs = [(row, step, sample) for step in trained[sample].nonzero()[:, 0].tolist()]
+        columns = trained[sample].nonzero()[:, 0].tolist()
+        pairs = [(row, int(rollout.steps[column]), sample, column) for column in columns]
         by_recording.setdefault(number, []).append(pairs)
     passes = []
     for number, units in by_recording.items():
         if not whole:
             units = [[pair] for pairs in units for pair in pairs]
         for part in _split(units, micro_batch):
-            columns = torch.tensor(part).unbind(1)
-            passes.append(Pass(rollout.recordings[number], *columns))
+            passes.append(Pass(rollout.recordings[number], *torch.tensor(part).unbind(1)))
     return passes
 
 # %% ../../nbs/training/07_gradient.ipynb #541bb208
@@ -89,7 +90,7 @@ class PolicyChange(NamedTuple):
 
     def keep(self, one_pass: Pass, replayed: Replayed) -> None:
         """Write the values of a pass."""
-        place = one_pass.samples, one_pass.steps
+        place = one_pass.samples, one_pass.columns
         self.log_ratios[place] = replayed.log_ratio.detach().to(self.log_ratios)
         self.divergences[place] = replayed.divergence.detach().to(self.divergences)
 
@@ -118,7 +119,7 @@ class ChunkLoss:
         """The transitions of a pass under the policy now."""
         where = one_pass.recording, one_pass.rows, one_pass.steps
         log_prob, mean, std = policy.log_prob(*where)
-        old = self.old_log_probs[one_pass.samples, one_pass.steps].to(log_prob)
+        old = self.old_log_probs[one_pass.samples, one_pass.columns].to(log_prob)
         divergence = torch.zeros_like(log_prob)
         if self.region.needs_divergence:
             divergence = kl_to_reference(mean, policy.sampled(*where).mean, std)
@@ -147,7 +148,7 @@ def coefficients(self: ChunkLoss, change: PolicyChange, one_pass: Pass) -> Tenso
         weights,
         self.num_samples,
     )
-    return per_step[back, one_pass.steps]
+    return per_step[back, one_pass.columns]
 
 
 @patch
@@ -234,7 +235,8 @@ def accumulate_gradient(
     whole = not (on_policy or streamed)
     passes = plan_passes(rollout, trained, samples, micro_batch, whole)
     idle = differentiator.agree_on_passes(len(passes)) - len(passes)
-    first = Pass(rollout.recordings[0], *torch.zeros(3, 1, dtype=torch.long))
+    zero = torch.zeros(1, dtype=torch.long)
+    first = Pass(rollout.recordings[0], zero, rollout.steps[:1], zero, zero)
 
     change, sampled = loss.no_change(), loss.no_change()
     if streamed:

@@ -160,4 +160,6 @@ def metrics_row(config: Config, update: Update, evaluations: dict[str, int]) -> 
         **chunking_report(update.assignment.drawn_ids, config.data.group_size),
         **{f"evaluations_{name}": count for name, count in evaluations.items()},
     }
+    if config.sampling.sde_window is not None:
+        row["first_step"] = int(update.experience.rollout.steps[0])
     return {name: plain(value) for name, value in row.items()}

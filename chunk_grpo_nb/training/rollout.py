@@ -73,7 +73,8 @@ class Rollout:
     recordings: list  # `policy.Recording`s, in order
     images: list  # PIL images, one per local sample
     rewards: dict[str, torch.Tensor]  # name -> (n,) float64; NaN where a failed reward was dropped
-    curves: torch.Tensor  # (n, T - 1) dynamics of the trained transitions, from this SDE rollout
+    steps: torch.Tensor  # (steps,) numbers of the transitions with noise, which are trained
+    curves: torch.Tensor  # (n, steps) dynamics of these, from this SDE rollout
 
     def locate(self, sample: int) -> Place:
         """Recording and row of a local sample."""
@@ -86,13 +87,13 @@ class Rollout:
 
     @property
     def log_probs(self) -> torch.Tensor:
-        """(n, T - 1) log-probabilities under the policy that drew them, on the CPU."""
-        return torch.cat([r.log_probs for r in self.recordings]).cpu()
+        """(n, steps) log-probabilities under the policy that drew them, on the CPU."""
+        return torch.cat([r.log_probs for r in self.recordings]).cpu()[:, self.steps]
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """(T + 1,) noise levels of the sampling steps, from noise to image."""
-        return self.recordings[0].sigmas
+        """(steps + 1,) noise levels around the trained transitions, falling."""
+        return self.recordings[0].sigmas[self.steps[0] : self.steps[-1] + 2]
 
 # %% ../../nbs/training/05_rollout.ipynb #158a57ed
 def scorer(rewards: Mapping[str, Callable], on_failure: str = "raise") -> Callable:
@@ -221,5 +222,8 @@ def draw_rollout(
             images += drawn
         rewards = background.scores()
     curves = [relative_distance(r.latents[:, :-1], metric=metric) for r in recordings]
-    curves = torch.cat(curves).cpu()
-    return Rollout(iteration, samples, group_size, chosen, recordings, images, rewards, curves)
+    steps = torch.tensor(sampler.stochastic).nonzero()[:, 0]
+    curves = torch.cat(curves).cpu()[:, steps]
+    return Rollout(
+        iteration, samples, group_size, chosen, recordings, images, rewards, steps, curves
+    )

@@ -192,22 +192,60 @@ class SamplingSettings(_Group):
     width: int | None = setting(
         None, "pixels; None keeps the pipeline's own", at_least=1, at_most=65_536
     )
+    sde_window: int | None = setting(
+        None, "so many consecutive steps get noise and are trained (MixGRPO); None: all", at_least=1
+    )
+    window_stride: int = setting(1, "steps by which the window moves; 0: it stays", at_least=0)
+    window_every: int = setting(1, "iterations between two moves", at_least=1)
     rollout_batch: int = setting(
         0, "images per pipeline call; 0 = all at once", at_least=0, may_change=True
     )
 
     def check(self) -> None:
-        """The kind of transition must take the noise level at every noise of the schedule."""
+        """The window fits the steps, the noise level the kind at every noise of the schedule."""
         import torch
         from chunk_grpo_nb.schedules import sigma_schedule
         from chunk_grpo_nb.sde import sde_step
 
+        _check_window(self)
         sigmas = sigma_schedule(self.num_steps, self.shift or 1.0).double().clamp(0, 1)
         zero = torch.zeros(self.num_steps - 1, 1, dtype=torch.float64)
         try:
             sde_step(zero, zero, sigmas[:-2], sigmas[1:-1], self.noise_level, self.sde)
         except ValueError as e:
             refuse("noise_level", self.noise_level, f"does not go with sde = {self.sde}: {e}")
+
+# %% ../../nbs/training/01_settings.ipynb #96d43c68
+@patch(as_prop=True)
+def trained_steps(self: SamplingSettings) -> int:
+    """How many transitions of an image are trained."""
+    return self.num_steps - 1 if self.sde_window is None else self.sde_window
+
+
+@patch(as_prop=True)
+def window_moves(self: SamplingSettings) -> bool:
+    """Whether different iterations train different steps."""
+    return bool(self.window_stride) and self.trained_steps < self.num_steps - 1
+
+
+@patch
+def window_start(self: SamplingSettings, iteration: int) -> int:
+    """First trained step: the window moves up to the end, then starts again."""
+    if not self.window_moves:
+        return 0
+    last = self.num_steps - 1 - self.trained_steps
+    starts = [*range(0, last, self.window_stride), last]
+    return starts[iteration // self.window_every % len(starts)]
+
+
+def _check_window(sampling: SamplingSettings) -> None:
+    """A window lies within the trained steps; without one there is nothing to move."""
+    if sampling.trained_steps > sampling.num_steps - 1:
+        words = f"must be at most num_steps - 1 = {sampling.num_steps - 1}, the trained steps"
+        refuse("sde_window", sampling.sde_window, words)
+    for name in ("window_stride", "window_every"):
+        if sampling.sde_window is None and getattr(sampling, name) != 1:
+            refuse(name, getattr(sampling, name), "has no meaning without sde_window; set its size")
 
 # %% ../../nbs/training/01_settings.ipynb #ca9228d8
 @dataclass(frozen=True)

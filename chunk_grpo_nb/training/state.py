@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..chunking import make_chunker
 from ..models.policy import Policy, load_policy
-from ..models.sampler import Sampler
+from ..models.sampler import Sampler, window_steps
 from ..prompts import load_prompts, packaged_prompts
 from ..rewards.registry import make_rewards, reward_recipe
 from ..rewards.scoring import check_reachable
@@ -70,10 +70,14 @@ def make_schedule(config: Config, optimizer: torch.optim.Optimizer):
     )
 
 
-def make_sampler(config: Config) -> Sampler:
-    """How images are drawn while training."""
+def make_sampler(config: Config, iteration: int = 0) -> Sampler:
+    """How images are drawn in an iteration of training."""
     s = config.sampling
-    return Sampler(s.num_steps, s.sde, s.noise_level, s.shift, s.guidance_scale, s.height, s.width)
+    steps = None
+    if s.sde_window is not None:
+        steps = window_steps(s.num_steps, s.window_start(iteration), s.sde_window)
+    scale, size = s.guidance_scale, (s.height, s.width)
+    return Sampler(s.num_steps, s.sde, s.noise_level, s.shift, scale, *size, sde_steps=steps)
 
 # %% ../../nbs/training/12_state.ipynb #ad11a52c
 def make_policy(config: Config, device: str = "cpu") -> Policy:

@@ -28,7 +28,7 @@ from .metrics import Experience, Update
 from .checkpoints import list_checkpoints
 from .records import RunFolder
 from .rollout import Rollout, draw_rollout
-from .state import Trainer
+from .state import Trainer, make_sampler
 from ..trust_regions import TrustRegion
 
 # %% auto #0
@@ -57,7 +57,7 @@ def sample(trainer: Trainer, iteration: int) -> Rollout:
         return draw_rollout(
             trainer.policy,
             [trainer.prompts[i] for i in chosen],
-            trainer.sampler,
+            make_sampler(config, iteration),
             trainer.score,
             iteration=iteration,
             seed=config.run.seed,
@@ -88,7 +88,7 @@ def assign(trainer: Trainer, experience: Experience) -> Assignment:
         experience.rewards,
         experience.curves,
         experience.iteration,
-        experience.rollout.sigmas[:-1],
+        experience.rollout.sigmas,
         trainer.chunker,
     )
 
@@ -108,7 +108,7 @@ def iterate(trainer: Trainer, iteration: int) -> None:
         assignment = assign(trainer, experience)
 
         # optimise the clipped objective of the selected chunks, batch by batch
-        region = make_trust_region(trainer.config, rollout.sigmas[:-1])
+        region = make_trust_region(trainer.config, rollout.sigmas)
         batches = update_batches(trainer.config, iteration, assignment.used)
         for number, samples in enumerate(batches):
             update = optimise(trainer, experience, assignment, region, samples, number)
