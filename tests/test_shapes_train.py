@@ -11,6 +11,17 @@ import yaml
 
 from chunk_grpo_nb.paths import shapes_path
 from chunk_grpo_nb.rewards.registry import RewardUnavailable, make_reward
+from chunk_grpo_nb.shapes.pipeline import (
+    build_pipeline,
+    build_tokenizers,
+    build_vae,
+    captioned_scenes,
+    encode,
+    merge_rules,
+    scene_data,
+    train_vae,
+    vocabulary,
+)
 from chunk_grpo_nb.shapes.preference import annotate, preference_scores, train_preference
 from chunk_grpo_nb.shapes.proxies import (
     build_clip,
@@ -33,21 +44,12 @@ from chunk_grpo_nb.shapes.scenes import (
 )
 from chunk_grpo_nb.shapes.training import (
     FlowTraining,
-    build_pipeline,
-    build_tokenizers,
-    build_vae,
-    captioned_scenes,
     draw,
-    encode,
-    merge_rules,
     pack,
     publish,
     sample_sigmas,
-    scene_data,
     token_ids,
     train_flow,
-    train_vae,
-    vocabulary,
 )
 from chunk_grpo_nb.shapes.verifier import verify_batch
 

@@ -214,6 +214,12 @@ def test_public_symbols_are_documented(module):
         assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_read_in_one_sitting(module):
+    lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= 450, f"{module} has {lines} lines, at most 450: split its notebook"
+
+
 SOURCES = [*FILES.values(), *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("ci/*.py"))]
 
 
