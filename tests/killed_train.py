@@ -23,6 +23,7 @@ KINDS = {
     "moving average": {"ema_decay": 0.9},
     "lora": {"lora_rank": 2},
     "online chunker": {"chunker": "online:adaptive", "selection": "weighted", "fraction": 0.5},
+    "gains": {"value_continuations": 1},
     "moving window": {"sde_window": 2, "chunker": "fixed:1,1"},
 }
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")

@@ -34,6 +34,12 @@ REFUSED = [
     ({"step_weights": "std"}, "write ratio: step:std"),
     ({"ratio": "chunk:adaptive"}, "must be chunk, chunk:std"),
     ({"ratio": "chunk:"}, "must be chunk, chunk:std"),
+    ({"value_continuations": 2, "chunker": "adaptive"}, "begin at known steps"),
+    (
+        {"value_continuations": 2, "chunker": "fixed:8,8"}
+        | {"chunk_rewards": [{"shapes_dense": 1.0}] * 2},
+        "leave out chunk_rewards",
+    ),
     ({"sde_window": 17}, "at most num_steps - 1 = 16"),
     ({"window_stride": 2}, "no meaning without sde_window"),
     ({"window_every": 25}, "no meaning without sde_window"),

@@ -4,10 +4,13 @@ import pytest
 import torch
 from tiny_runs import make_folder, tiny_config
 
+from chunk_grpo_nb.models.continuation import state_values
 from chunk_grpo_nb.training.callbacks import Callback
 from chunk_grpo_nb.training.checkpoints import list_checkpoints, load_checkpoint
 from chunk_grpo_nb.training.records import RunFolder, read_rows
-from chunk_grpo_nb.training.trainer import train
+from chunk_grpo_nb.training.rollout import measure_gains
+from chunk_grpo_nb.training.state import Trainer
+from chunk_grpo_nb.training.trainer import chunk_gains, sample, train
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +154,46 @@ def test_outside_the_window_there_is_no_noise(folder):
         outside = recording.velocities * recording.sigmas.diff()[:, None, None]
         moved = recording.latents.diff(dim=1)
         torch.testing.assert_close(moved[:, :5][:, ~inside], outside[:, :5][:, ~inside])
+
+
+GAINS = {"value_continuations": 2, "advantage_std": "none"}
+
+
+def test_gains_of_an_image_add_up_and_are_measured(folder):
+    watch = Watch()
+    config = tiny_config(folder, validate_every=0, iterations=1, **GAINS)
+    trainer = Trainer(config, folder / "gains", callbacks=[watch])
+    rollout = sample(trainer, 0)
+    gains = chunk_gains(trainer, rollout)["redness"]
+    measured = state_values(
+        trainer.policy,
+        rollout.recordings[0],
+        lambda images: trainer.score(images, rollout.prompts),
+        continuations=64,
+        steps=[0, 2],
+    )["redness"]
+    assert gains.shape == (8, 2)
+    assert trainer.evaluations["sampled"] == 8 * 2 * (6 + 4)
+    errors = gains[:, 1] - measured.gains[1]  # of the value before step 2
+    allowed = measured.rewards[1].var(0) * (1 / 2 + 1 / 64)  # two futures against 64 others
+    assert 0.05 < (errors.square() / allowed).mean() < 3
+    again = measure_gains(trainer.policy, rollout, trainer.score, [0, 2], 2, config.run.seed)
+    assert torch.equal(again["redness"], gains)
+    trainer.close()
+
+
+def test_training_by_gains_is_another_run(folder, plain):
+    found = run(folder, "by_gains", **GAINS)
+    assert not torch.equal(weights(found), weights(plain))
+
+
+def test_branching_of_tempflow_is_a_window_of_one_step_on_shared_noise(folder):
+    """All images of a group are one image up to the branch, so rewards judge that step alone."""
+    watch = Watch()
+    branch = {"sde_window": 1, "same_noise": True, "chunker": "step", "ratio": "step:std"}
+    config = tiny_config(folder, validate_every=0, iterations=3, **branch)
+    train(config, folder / "branching", callbacks=[watch])
+    for number, rollout in enumerate(watch.rollouts):
+        groups = rollout.recordings[0].latents.unflatten(0, (2, 4))
+        same = (groups == groups[:, :1]).flatten(3).all(-1).all(1)  # (groups, states)
+        assert same[:, : number + 1].all() and not same[:, number + 1 :].any()

@@ -38,12 +38,12 @@ def finish(
     if len(seeds) != len(recording):
         raise ValueError(f"{len(seeds)} seeds for {len(recording)} images: give one per image")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    states = recording.latents[:, step]
+    states = recording.latents[:, step].to(policy.device)
     for t in range(step, last + 1):
         velocity = _velocity(policy, recording, states, t, batch)
         noisy = t < last and recording.sampler.stochastic[t]
         kind = recording.sampler.kind if noisy else "ode"
-        sigma, sigma_next = recording.sigmas[t : t + 2]
+        sigma, sigma_next = recording.sigmas[t : t + 2].to(policy.device)
         transition = sde_step(
             velocity, states, sigma, sigma_next, recording.sampler.noise_level, kind
         )

@@ -27,8 +27,8 @@ from .config import Config
 from .rollout import derive_generator
 
 # %% auto #0
-__all__ = ['Assignment', 'samples_with_rewards', 'compute_advantages', 'draw_chunks', 'transition_stds', 'assign_credit',
-           'make_trust_region', 'update_batches', 'chunking_report']
+__all__ = ['Assignment', 'samples_with_rewards', 'compute_advantages', 'gain_advantages', 'draw_chunks', 'transition_stds',
+           'assign_credit', 'make_trust_region', 'update_batches', 'chunking_report']
 
 # %% ../../nbs/training/06_assignment.ipynb #29cdd53d
 @dataclass(frozen=True)
@@ -106,6 +106,19 @@ def compute_advantages(
     advantages[usable] = found
     return advantages
 
+# %% ../../nbs/training/06_assignment.ipynb #90442cb2
+def gain_advantages(
+    config: Config,
+    gains: dict[str, Tensor],  # name -> (n, K) gain in value across each chunk
+    group_ids: Tensor,  # (n,)
+    usable: Tensor,  # bool (n,)
+) -> Tensor:  # (n, K); 0 where not usable
+    """Group-relative advantages of each chunk, from what it added to the value of its image."""
+    chunks = next(iter(gains.values())).shape[1]
+    of_chunks = [{name: gain[:, k] for name, gain in gains.items()} for k in range(chunks)]
+    columns = [compute_advantages(config, gain, group_ids, usable) for gain in of_chunks]
+    return torch.stack(columns, 1)
+
 # %% ../../nbs/training/06_assignment.ipynb #653b04d1
 def draw_chunks(config: Config, curves: Tensor, chunk_ids: Tensor, iteration: int) -> Tensor:
     """bool (n, K): the chunks that are trained in this iteration, by `selection` and `fraction`."""
@@ -177,12 +190,18 @@ def assign_credit(
     iteration: int,
     sigmas: Tensor,  # (steps + 1,) noise levels around the trained steps
     chunker: Callable | None = None,  # None: a fresh one; an online chunker is passed to remember
+    gains: dict[str, Tensor] | None = None,  # name -> (n, K), see `value_continuations`
 ) -> Assignment:
     """Advantages, chunks and selection of one iteration, the same on every process."""
     n, steps = curves.shape
     group_ids = torch.arange(n) // config.data.group_size
     usable = samples_with_rewards(rewards, group_ids)
-    advantages = compute_advantages(config, rewards, group_ids, usable)
+    if gains is None:
+        advantages = compute_advantages(config, rewards, group_ids, usable)
+    else:
+        total = torch.stack([gain.sum(1) for gain in gains.values()]).sum(0)
+        usable = usable & samples_with_rewards({"gains": total}, group_ids)
+        advantages = gain_advantages(config, gains, group_ids, usable)
 
     chunker = chunker or make_chunker(config.objective.chunker)
     chunk_ids = chunker(curves, group_ids).expand(n, steps)

@@ -108,7 +108,20 @@ def _check_chunks(config: Config) -> None:
     if sampling.window_moves and objective.chunker.startswith("online"):
         words = "averages curves of the same steps; set window_stride = 0, or another chunker"
         refuse("chunker", objective.chunker, words)
+    _check_gains(objective)
     _check_selection(objective, chunks)
+
+
+def _check_gains(objective: ObjectiveSettings) -> None:
+    """Values are measured where chunks begin, which must be known before the dynamics are."""
+    if not objective.value_continuations:
+        return
+    if objective.chunker.split(":")[0] not in ("step", "sequence", "fixed", "uniform"):
+        words = f"needs chunks that begin at known steps, not {objective.chunker!r}"
+        refuse("value_continuations", objective.value_continuations, words)
+    if objective.chunk_rewards is not None:
+        words = "already gives every chunk an advantage of its own; leave out chunk_rewards"
+        refuse("value_continuations", objective.value_continuations, words)
 
 
 def _check_selection(objective: ObjectiveSettings, chunks: int) -> None:

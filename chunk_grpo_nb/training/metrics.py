@@ -31,6 +31,7 @@ class Experience:
     rollout: Rollout  # this process's share, with trajectories and images
     rewards: dict[str, Tensor]  # name -> (n,)
     curves: Tensor  # (n, steps) dynamics
+    gains: dict[str, Tensor] | None = None  # name -> (n, K) gain in value across each chunk
 
     @property
     def iteration(self) -> int:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from ..dynamics import relative_distance
+from ..models.continuation import finish
 from ..prompts import Prompt
 from ..rewards.scoring import needs_whole_group, score
 
 # %% auto #0
 __all__ = ['derive_seed', 'derive_generator', 'Seeds', 'group_seeds', 'Place', 'Rollout', 'scorer', 'complete_images',
-           'BackgroundScorer', 'draw_rollout']
+           'BackgroundScorer', 'draw_rollout', 'measure_gains']
 
 # %% ../../nbs/training/05_rollout.ipynb #5c72c13e
 def derive_seed(*key: int | str) -> int:
@@ -227,3 +228,42 @@ def draw_rollout(
     return Rollout(
         iteration, samples, group_size, chosen, recordings, images, rewards, steps, curves
     )
+
+# %% ../../nbs/training/05_rollout.ipynb #f6fa7c9c
+def _futures(
+    policy, rollout: Rollout, score_images: Callable, step: int, key: tuple
+) -> dict[str, torch.Tensor]:
+    """Name -> (n,) rewards of the images, each finished once more from its state before `step`."""
+    images, first = [], 0
+    for recording in rollout.recordings:
+        samples = rollout.samples[first : first + len(recording)]
+        seeds = [derive_seed(*key, sample, "continuation") for sample in samples]
+        states = finish(policy, recording, step, seeds)
+        images += policy.decode(replace(recording, latents=states[:, None]))
+        first += len(recording)
+    asked = [images, rollout.prompts]
+    if getattr(score_images, "whole_group", False):
+        asked.append([sample // rollout.group_size for sample in rollout.samples])
+    return score_images(*asked)
+
+
+def measure_gains(
+    policy,  # `policy.Policy`, with the weights that sampled
+    rollout: Rollout,
+    score_images: Callable,  # as for `draw_rollout`
+    starts: Sequence[int],  # first trained step of each chunk, counted among the trained ones
+    continuations: int,  # M futures per state
+    seed: int,
+) -> dict[str, torch.Tensor]:  # name -> (n, K)
+    """How much the value of each image rises across each chunk, for every reward."""
+    values = {name: [] for name in rollout.rewards}
+    for start in starts:
+        step = int(rollout.steps[start])
+        keys = [(seed, rollout.iteration, step, number) for number in range(continuations)]
+        futures = [_futures(policy, rollout, score_images, step, key) for key in keys]
+        for name, rows in values.items():
+            rows.append(torch.stack([future[name] for future in futures]).mean(0))
+    return {
+        name: torch.stack([*rows, rollout.rewards[name]], 1).diff(dim=1)
+        for name, rows in values.items()
+    }

@@ -257,6 +257,9 @@ class ObjectiveSettings(_Group):
         "sum", "sum of weighted rewards, or gdpo: normalise each first", choices=("sum", "gdpo")
     )
     chunk_rewards: list | None = setting(None, "a {name: weight} for each chunk")
+    value_continuations: int = setting(
+        0, "futures per chunk; above 0 a chunk's advantage is its gain in value", at_least=0
+    )
     reward_failure: str = setting("raise", "or drop the whole group", choices=("raise", "drop"))
     advantage_std: str = setting(
         "group", "std that advantages are divided by", choices=("group", "global", "none")

@@ -27,12 +27,12 @@ from .gradient import PolicyChange, UpdateGradient, accumulate_gradient
 from .metrics import Experience, Update
 from .checkpoints import list_checkpoints
 from .records import RunFolder
-from .rollout import Rollout, draw_rollout
+from .rollout import Rollout, draw_rollout, measure_gains
 from .state import Trainer, make_sampler
 from ..trust_regions import TrustRegion
 
 # %% auto #0
-__all__ = ['sample', 'gather_experience', 'assign', 'iterate', 'optimise', 'Interrupted', 'train']
+__all__ = ['sample', 'chunk_gains', 'gather_experience', 'assign', 'iterate', 'optimise', 'Interrupted', 'train']
 
 # %% ../../nbs/training/13_trainer.ipynb #41869354
 @contextmanager
@@ -69,13 +69,31 @@ def sample(trainer: Trainer, iteration: int) -> Rollout:
         )
 
 # %% ../../nbs/training/13_trainer.ipynb #e8b82ed6
+def chunk_gains(trainer: Trainer, rollout: Rollout) -> dict[str, torch.Tensor] | None:
+    """Gains in value across the chunks of this process's samples; None if not asked for."""
+    config = trainer.config
+    continuations = config.objective.value_continuations
+    if not continuations:
+        return None
+    chunk_ids = trainer.chunker(rollout.curves[:1]).reshape(-1)
+    starts = [0, *(chunk_ids.diff().nonzero()[:, 0] + 1).tolist()]
+    left = sum(config.sampling.num_steps - int(rollout.steps[start]) for start in starts)
+    images = config.data.prompts_per_iteration * config.data.group_size
+    trainer.evaluations["sampled"] += images * continuations * left
+    return measure_gains(
+        trainer.policy, rollout, trainer.score, starts, continuations, config.run.seed
+    )
+
+
 def gather_experience(trainer: Trainer, rollout: Rollout) -> Experience:
     """The samples of all processes."""
     gather = trainer.backend.gather
+    gains = chunk_gains(trainer, rollout)
     experience = Experience(
         rollout,
         {name: gather(r) for name, r in rollout.rewards.items()},
         gather(rollout.curves),
+        {name: gather(g) for name, g in gains.items()} if gains else None,
     )
     trainer.evaluations["sampled"] += len(experience.curves) * trainer.config.sampling.num_steps
     return experience
@@ -90,6 +108,7 @@ def assign(trainer: Trainer, experience: Experience) -> Assignment:
         experience.iteration,
         experience.rollout.sigmas,
         trainer.chunker,
+        experience.gains,
     )
 
 # %% ../../nbs/training/13_trainer.ipynb #b7767b15
