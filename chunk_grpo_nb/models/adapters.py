@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LORA_ADAPTER', 'LORA_FILE', 'swapped_weights', 'adapters_off', 'LoraSize', 'lora_size', 'add_lora', 'save_trained',
-           'LoraFile', 'read_lora_file', 'load_trained']
+__all__ = ['LORA_ADAPTER', 'LORA_FILE', 'COMFYUI_FILE', 'swapped_weights', 'adapters_off', 'LoraSize', 'lora_size', 'add_lora',
+           'save_trained', 'LoraFile', 'read_lora_file', 'save_without_metadata', 'load_trained']
 
 # %% ../../nbs/models/10_adapters.ipynb #bd215c03
 @contextmanager
@@ -105,6 +105,7 @@ def add_lora(
 
 # %% ../../nbs/models/10_adapters.ipynb #fe59ab8c
 LORA_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "comfyui/lora.safetensors"
 
 
 def _in_order(value: object) -> object:
@@ -116,7 +117,8 @@ def _in_order(value: object) -> object:
 def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
     """Write what is trained, in diffusers' format.
 
-    A LoRA that `load_lora_weights(folder)` reads, or `folder/transformer` for `from_pretrained`.
+    A LoRA that `load_lora_weights(folder)` reads, with a copy for programs that read no metadata;
+    or `folder/transformer` for `from_pretrained`.
     """
     folder = Path(folder)
     if lora:
@@ -131,6 +133,7 @@ def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
             ),
             transformer_lora_adapter_metadata={k: _in_order(v) for k, v in size.items()},
         )
+        save_without_metadata(folder)
     else:
         pipe.transformer.save_pretrained(folder / "transformer")
     return folder
@@ -192,6 +195,21 @@ def _prefix(name: str) -> str:
         if name.startswith(start):
             return start
     return name.partition(".")[0][:40] + "."
+
+# %% ../../nbs/models/10_adapters.ipynb #5c1d90ab
+def save_without_metadata(folder: Path) -> Path:
+    """Write `COMFYUI_FILE` beside a saved LoRA: its strength in `lora_B`, so that alpha = rank."""
+    from safetensors.torch import save_file
+
+    file = read_lora_file(folder / LORA_FILE)
+    weights = {}
+    for name, value in file.weights.items():
+        scale = file.size.alpha / file.size.rank if ".lora_B." in name else 1
+        weights[f"transformer.{name}"] = (value * scale).to(value.dtype).contiguous()
+    path = folder / COMFYUI_FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file(weights, path)
+    return path
 
 # %% ../../nbs/models/10_adapters.ipynb #88e0a008
 def _load_lora(transformer: torch.nn.Module, path: Path) -> None:

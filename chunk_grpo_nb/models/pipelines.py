@@ -22,8 +22,8 @@ from .families import family_of
 from ..paths import shapes_path
 
 # %% auto #0
-__all__ = ['parse_dtype', 'parse_device', 'pipeline_folder', 'quiet_loading', 'LoadedPipeline', 'load_pipeline', 'flow_scheduler',
-           'scheduled', 'no_steps', 'call_pipeline', 'decode_latents']
+__all__ = ['parse_dtype', 'parse_device', 'pipeline_folder', 'quiet_loading', 'read_world', 'LoadedPipeline', 'load_pipeline',
+           'flow_scheduler', 'scheduled', 'no_steps', 'call_pipeline', 'decode_latents']
 
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a005
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -115,7 +115,7 @@ def quiet_loading(
         notices.removeFilter(_not_about_torchvision)
 
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a007
-def _read_world(folder: Path | None) -> dict:
+def read_world(folder: Path | None) -> dict:
     """The contents of `world.json` in the folder, {} where there is none."""
     path = folder / "world.json" if folder else None
     if path is None or not path.exists():
@@ -157,7 +157,7 @@ def load_pipeline(
             f"model={str(model)[:120]!r} did not load: {where}. "
             f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
-    return LoadedPipeline(pipe, _read_world(folder))
+    return LoadedPipeline(pipe, read_world(folder))
 
 # %% ../../nbs/models/04_pipelines.ipynb #6864a42b
 def flow_scheduler(

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,7 @@ from .checkpoints import write_folder
 from .config import Config
 from .evaluation import evaluate
 from .metrics import Update, metrics_row, plain
+from .model_cards import save_card
 from .records import RunFolder, log_row, read_rows, save_images, save_table
 from .rollout import Rollout
 
@@ -228,8 +231,14 @@ class Validation(Callback):
         save_images(trainer.run, f"iteration_{trainer.done:04d}", images[:48], columns=8)
 
 # %% ../../nbs/training/11_callbacks.ipynb #8a64f7b6
+def _write_policy(run: RunFolder, policy, folder: Path) -> None:
+    """The trained weights, and a model card beside them."""
+    policy.save(folder)
+    save_card(run, policy.pipe, folder)
+
+
 class Checkpoints(Callback):
-    """Saves the state of the run, and the policy at the end."""
+    """Saves the state of the run, and the policy with its model card at the end."""
 
     def on_iteration(self, trainer, iteration: int) -> None:
         """Where it is due, and after the last iteration."""
@@ -242,7 +251,7 @@ class Checkpoints(Callback):
         with trainer.evaluation_weights():
             policy = trainer.backend.whole_policy(trainer.policy, trainer.load_policy)
             if trainer.is_main:
-                write_folder(trainer.run, "policy", policy.save)
+                write_folder(trainer.run, "policy", partial(_write_policy, trainer.run, policy))
 
 # %% ../../nbs/training/11_callbacks.ipynb #5b862156
 class Progress(Callback):
