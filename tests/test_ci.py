@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from test_kills import TOUCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 BASH = shutil.which("bash")
@@ -232,6 +233,18 @@ def test_every_promised_test_exists():
     assert len(promised) > 20
     for path, name in promised:
         assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {name}"
+
+
+def test_the_committed_kills_are_many_and_came_out_the_same():
+    """At least 20 in time, in training of every kind, in a sweep and of a reward server."""
+    path = ROOT / "data/results/trust/kills.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sum(line.get("killed", False) for line in lines) >= 20
+    assert {line["place"] for line in lines if "place" in line} == {"clock", *TOUCHES}
+    same = {line["kind"] for line in lines if "kind" in line and "same_bits" in line}
+    assert same >= {"adamw", "sgd", "moving average", "lora", "online chunker"}
+    assert all(line.get("same_bits", True) and line.get("done_once", True) for line in lines)
+    assert {line["what"] for line in lines} == {"training", "sweep", "server"}
 
 
 @pytest.fixture
