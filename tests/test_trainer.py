@@ -8,6 +8,7 @@ import torch
 from tiny_runs import make_folder, mean_of_channel, tiny_config
 
 from chunk_grpo_nb.chunking import chunk_ids_from_sizes
+from chunk_grpo_nb.models.policy import Policy
 from chunk_grpo_nb.prompts import PromptError
 from chunk_grpo_nb.rewards.registry import RewardError, RewardUnavailable, register_reward
 from chunk_grpo_nb.training.assignment import make_trust_region
@@ -122,6 +123,40 @@ def test_sd3_with_guidance_trains(config, pipes, tmp_path):
         ),
         tmp_path / "run",
     )
+    assert read_rows(run, "replay")["log_prob_error"].item() < 1e-5
+
+
+class Watch(Callback):
+    """Keeps the branches of every recorded call, and the pictures of evaluations."""
+
+    def __init__(self):
+        self.branches = set()
+
+    def on_rollout(self, trainer, rollout):
+        self.branches |= {call.branches for r in rollout.recordings for call in r.calls}
+        self.size = rollout.images[0].size
+
+
+def test_training_without_guidance_and_small_is_evaluated_with_it_and_large(
+    config, pipes, tmp_path, monkeypatch
+):
+    drawn = []
+    decode = Policy.decode
+
+    def remember(self, what, *args, **options):
+        images = decode(self, what, *args, **options)
+        drawn.append((what.guidance, images[0].size))
+        return images
+
+    monkeypatch.setattr(Policy, "decode", remember)
+    watch = Watch()
+    model, size = {"model": str(pipes / "sd3"), "iterations": 1}, {"height": 16, "width": 16}
+    large = {"validation_guidance": 3.0, "validation_height": 32, "validation_width": 32}
+    changed = make_config(model | size | large, config, guidance_scale=1.0)
+    with pytest.warns(UserWarning, match="trained without guidance"):
+        run = train(changed, tmp_path / "run", callbacks=[watch])
+    assert watch.branches == {1}  # two with guidance
+    assert drawn == [(3.0, (32, 32)), (1.0, (16, 16)), (3.0, (32, 32))]
     assert read_rows(run, "replay")["log_prob_error"].item() < 1e-5
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -62,8 +61,8 @@ class LiveView(Callback):
         numbers = list(range(len(self.prompts)))
         seeds = group_seeds(self.seed, "live", numbers, [0] * len(numbers))
         texts = [prompt.text for prompt in self.prompts]
-        ode = replace(trainer.sampler, kind="ode")
-        recording = trainer.policy.sample(texts, ode, *seeds, keep_calls=False)
+        sampler = trainer.evaluation_sampler
+        recording = trainer.policy.sample(texts, sampler, *seeds, keep_calls=False)
         images = trainer.policy.decode(recording)
         score = self.score_images(images, self.prompts)[self.name].mean()
         self.curve.append((iteration, float(score)))

@@ -58,7 +58,8 @@ def open_policy(
 
     import torch
 
-    from chunk_grpo_nb.models.policy import Sampler, load_policy
+    from chunk_grpo_nb.models.policy import load_policy
+    from chunk_grpo_nb.training.state import evaluation_sampler
 
     config, is_run = _settings_of(source)
     if device == "auto":
@@ -75,8 +76,7 @@ def open_policy(
     policy = load_policy(model, dtype=dtype, device=device, lora_rank=rank, lora_alpha=alpha)
     if weights:
         policy.load_weights(weights)
-    names = ("num_steps", "shift", "guidance_scale", "height", "width")
-    sampler = Sampler(kind="ode", **{name: getattr(config.sampling, name) for name in names})
+    sampler = evaluation_sampler(config)
     return policy, replace(sampler, **{k: v for k, v in sampling.items() if v is not None})
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #2cb221b1

@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -218,7 +217,7 @@ class Validation(Callback):
                 trainer.policy,
                 self.prompts,
                 trainer.score,
-                replace(trainer.sampler, kind="ode"),
+                trainer.evaluation_sampler,
                 images_per_prompt=1,
                 batch=trainer.config.sampling.rollout_batch or 192,
                 keep=lambda drawn, start: images.extend(drawn),

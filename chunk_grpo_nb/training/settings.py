@@ -417,6 +417,15 @@ class RunSettings(_Group):
     validation_images: int = setting(
         48, "prompts watched, one image each", at_least=1, may_change=True
     )
+    validation_guidance: float | None = setting(
+        None, "guidance scale of evaluations; None: as in training", at_least=0
+    )
+    validation_height: int | None = setting(
+        None, "pixels of evaluations; None: as in training", at_least=1, at_most=65_536
+    )
+    validation_width: int | None = setting(
+        None, "pixels of evaluations; None: as in training", at_least=1, at_most=65_536
+    )
     checkpoint_every: int = setting(
         10, "iterations; 0 = only at the end", at_least=0, may_change=True
     )

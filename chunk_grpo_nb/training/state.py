@@ -34,7 +34,7 @@ from .records import RunFolder, hash_inputs, lock_run, run_manifest
 from .rollout import derive_seed, scorer
 
 # %% auto #0
-__all__ = ['make_optimizer', 'make_schedule', 'make_sampler', 'make_policy', 'input_files', 'Trainer']
+__all__ = ['make_optimizer', 'make_schedule', 'evaluation_sampler', 'make_sampler', 'make_policy', 'input_files', 'Trainer']
 
 # %% ../../nbs/training/12_state.ipynb #537ab1fd
 def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -68,6 +68,14 @@ def make_schedule(config: Config, optimizer: torch.optim.Optimizer):
         num_warmup_steps=settings.warmup_updates,
         num_training_steps=settings.iterations * per_iteration,
     )
+
+
+def evaluation_sampler(config: Config) -> Sampler:
+    """How images are drawn while evaluating: without noise, at the guidance and size of that."""
+    s, run = config.sampling, config.run
+    scale = s.guidance_scale if run.validation_guidance is None else run.validation_guidance
+    size = run.validation_height or s.height, run.validation_width or s.width
+    return Sampler(s.num_steps, "ode", s.noise_level, s.shift, scale, *size)
 
 
 def make_sampler(config: Config, iteration: int = 0) -> Sampler:
@@ -108,6 +116,20 @@ def input_files(config: Config, model: str | Path) -> dict[str, str | Path]:
     files = {name: packaged_prompts(value) or value for name, value in prompts.items()}
     return {"model": model, **files}
 
+# %% ../../nbs/training/12_state.ipynb #99f84efb
+def _warn_of_guidance(trainer: Trainer) -> None:
+    """Say what it means that training has no guidance, where evaluation has some."""
+    pipe, is_guided = trainer.policy.pipe, trainer.policy.family.is_guided
+    training = make_sampler(trainer.config).guidance(pipe)
+    evaluation = trainer.evaluation_sampler.guidance(pipe)
+    if is_guided(pipe, evaluation) and not is_guided(pipe, training):
+        warnings.warn(
+            f"trained without guidance (guidance_scale = {training:g}), evaluated with "
+            f"{evaluation:g}: half the network evaluations, but rewards in training are those of "
+            "images without guidance. Watch the validation",
+            stacklevel=4,
+        )
+
 # %% ../../nbs/training/12_state.ipynb #506a7be1
 class Trainer:
     """The state of one run. Use it through `train`, or call `iterate` yourself.
@@ -129,7 +151,7 @@ class Trainer:
         self.prompts = load_prompts(config.data.train_prompts)
         self.callbacks = make_callbacks(config, tuple(callbacks))
         self.chunker = make_chunker(config.objective.chunker)
-        self.sampler = make_sampler(config)
+        self.evaluation_sampler = evaluation_sampler(config)
         rewards = config.objective.reward_options
         for name, options in rewards.items():
             reward_recipe(name, **options)  # refuses bad ones, loads nothing
@@ -273,6 +295,7 @@ def save(self: Trainer) -> None:
 def _start(trainer: Trainer, out_dir: str | Path) -> RunFolder:
     """A new run folder; prompts that are longer than the text encoder reads are listed."""
     config, policy = trainer.config, trainer.policy
+    _warn_of_guidance(trainer)
     cut = policy.truncated_prompts([p.text for p in trainer.prompts])
     if cut:
         warnings.warn(
