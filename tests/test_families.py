@@ -9,6 +9,7 @@ from tiny import CHECKS, FAMILIES, draw, quiet, tiny_policy, tiny_sampler
 
 from chunk_grpo_nb.models.families import FAMILIES as DECLARED
 from chunk_grpo_nb.models.families import Family, family_of, register_family
+from chunk_grpo_nb.models.guidance import plain
 
 quiet()
 
@@ -52,3 +53,9 @@ def test_a_new_family_is_one_declaration(monkeypatch):
     monkeypatch.setattr("chunk_grpo_nb.models.families.FAMILIES", dict(DECLARED))
     mine = register_family(Family("mine", ("MyPipeline",), row_args=("timestep",)))
     assert family_of("MyPipeline") is mine and "MyPipeline" not in DECLARED
+
+
+def test_branches_that_nobody_declared_are_refused_in_words():
+    two = [torch.zeros(1, 2), torch.ones(1, 2)]
+    with pytest.raises(ValueError, match="2 branches of guidance, but its family declares none"):
+        plain(two, 4.0)

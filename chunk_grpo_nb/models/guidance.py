@@ -18,8 +18,12 @@ def plain(
     guidance: float,  # not used: the scale went into the call itself
 ) -> Tensor:  # (n, ...) velocity
     """Velocity of a guidance-distilled model: the output itself."""
-    (only,) = branches
-    return only
+    if len(branches) != 1:
+        raise ValueError(
+            f"the pipeline called its transformer for {len(branches)} branches of guidance, but "
+            "its family declares none: declare how they are combined, as in combine=uncond_first"
+        )
+    return branches[0]
 
 # %% ../../nbs/models/02_guidance.ipynb #2e12dc67
 def guided(

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/08_backends.ipynb #a804badc
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -384,6 +385,12 @@ def _engine_settings(config: Config) -> dict:
 BACKENDS: dict[str, type[Backend]] = {"FSDP": FullySharded, "DEEPSPEED": DeepSpeed}
 
 # %% ../../nbs/training/08_backends.ipynb #e6c36919
+def _check_tracker(name: str | None) -> None:
+    """Refuse a tracker that is not installed: accelerate would leave it out without a word."""
+    if name and importlib.util.find_spec(name) is None:
+        raise ImportError(f"config: track = {name!r} needs {name}: pip install {name}")
+
+
 def make_backend(
     config: Config,
     out_dir: str | Path,  # where trackers write
@@ -391,6 +398,7 @@ def make_backend(
     """The backend that this process was launched for; unsupported settings raise ValueError."""
     from accelerate import Accelerator
 
+    _check_tracker(config.run.track)
     accelerator = Accelerator(
         cpu=config.policy.device == "cpu",
         log_with=config.run.track,

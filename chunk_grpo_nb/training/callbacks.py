@@ -6,28 +6,38 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..models.replay import check_replay
 from ..prompts import Prompt, load_prompts
 from .assignment import make_trust_region, transition_stds
 from .checkpoints import write_folder
-from .config import Config
+from .config import Config, flat
 from .evaluation import evaluate
 from .metrics import Update, metrics_row, plain
 from .model_cards import save_card
-from .records import RunFolder, log_row, read_rows, save_images, save_table
+from chunk_grpo_nb.training.records import (
+    RunFolder,
+    last_row,
+    log_row,
+    read_rows,
+    save_images,
+    save_table,
+)
 from .rollout import Rollout
 
 # %% auto #0
 __all__ = ['Callback', 'narrowest_clip', 'ReplayCheck', 'MovingAverage', 'Metrics', 'Validation', 'Checkpoints', 'Progress',
-           'Tracker', 'EachIteration', 'make_callbacks']
+           'tracker_options', 'log_picture', 'Tracker', 'EachIteration', 'make_callbacks']
 
 # %% ../../nbs/training/11_callbacks.ipynb #929412aa
 class Callback:
@@ -279,22 +289,77 @@ class Progress(Callback):
         """Close it."""
         self.bar.close()
 
+# %% ../../nbs/training/11_callbacks.ipynb #7a31c2e1
+def tracker_options(
+    name: str,  # of the tracker
+    folder: Path,  # of the run
+) -> dict:
+    """What a tracker is opened with, so that it writes to this machine: its own keywords."""
+    own = {
+        "wandb": {"dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline")},
+        "swanlab": {"logdir": str(folder), "mode": os.environ.get("SWANLAB_MODE", "local")},
+    }
+    return {name: own[name]} if name in own else {}
 
+
+def log_picture(
+    tracker,  # accelerate's
+    name: str,
+    picture: Image.Image,
+    step: int,
+) -> None:
+    """Send a picture to a tracker, in the form that it takes."""
+    pixels = np.asarray(picture.convert("RGB"))[None]
+    if tracker.name == "tensorboard":
+        tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({name: pixels}, step=step)
+    elif tracker.name == "trackio":
+        from trackio import Image as TrackioImage
+
+        tracker.log({name: TrackioImage(picture)}, step=step)
+
+# %% ../../nbs/training/11_callbacks.ipynb #7a31c2e2
 class Tracker(Callback):
-    """Sends every number of the metrics to accelerate's tracker (`track`), such as TensorBoard."""
+    """Sends settings, numbers and pictures to accelerate's tracker (`track`), such as TensorBoard.
+
+    Comes after `Validation`, whose rows and pictures it reads from the run's records.
+    """
 
     def on_start(self, trainer) -> None:
         """Open the tracker."""
-        self.accelerator = trainer.backend.accelerator
-        self.accelerator.init_trackers("run")
-        optimisation = trainer.config.optimisation
+        config, self.accelerator = trainer.config, trainer.backend.accelerator
+        known = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in flat(config).items()
+        }
+        options = tracker_options(config.run.track, trainer.run.path)
+        self.accelerator.init_trackers(trainer.run.path.name, known, init_kwargs=options)
+        optimisation = config.optimisation
         self.updates = optimisation.updates_per_iteration * optimisation.inner_epochs
+        self._validation(trainer)
 
     def on_update(self, trainer, update: Update) -> None:
         """The row of metrics, at the number of updates since the start."""
         numbers = {k: v for k, v in trainer.metrics.items() if isinstance(v, int | float)}
         step = update.experience.iteration * self.updates + update.number
         self.accelerator.log(numbers, step=step)
+
+    def on_iteration(self, trainer, iteration: int) -> None:
+        """What validation found, where it was due."""
+        self._validation(trainer)
+
+    def _validation(self, trainer) -> None:
+        picture = trainer.run.path / "samples" / f"iteration_{trainer.done:04d}.png"
+        if not (trainer.is_main and trainer.config.run.validate_every and picture.exists()):
+            return
+        step = max(0, trainer.done * self.updates - 1)  # of the last update
+        row = last_row(trainer.run, "validation")
+        numbers = {f"validation_{k}": v for k, v in row.items() if k != "iteration"}
+        self.accelerator.log(numbers, step=step)
+        with Image.open(picture) as grid:
+            for tracker in self.accelerator.trackers:
+                log_picture(tracker, "validation", grid, step)
 
     def on_end(self, trainer) -> None:
         """Close it."""
@@ -322,9 +387,9 @@ def make_callbacks(
     if config.optimisation.ema_decay:
         callbacks.append(MovingAverage(config.optimisation.ema_decay))
     callbacks.append(Metrics())
-    if config.run.track:
-        callbacks.append(Tracker())
     if config.run.validate_every:
         watched = load_prompts(config.data.validation_prompts, limit=config.run.validation_images)
         callbacks.append(Validation(watched))
+    if config.run.track:
+        callbacks.append(Tracker())
     return [*callbacks, *own, Checkpoints(), Progress()]

@@ -431,7 +431,10 @@ class RunSettings(_Group):
     )
     keep_checkpoints: int = setting(2, "older ones are removed", at_least=1, may_change=True)
     track: str | None = setting(
-        None, "log through accelerate too", choices=(None, "tensorboard"), may_change=True
+        None,
+        "log through accelerate too, on this machine",
+        choices=(None, "tensorboard", "trackio", "wandb", "swanlab"),
+        may_change=True,
     )
     schema: int = setting(SCHEMA_VERSION, "version of this list of settings")
 
