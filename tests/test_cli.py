@@ -324,6 +324,10 @@ def test_run_and_sweep(home, capsys):
         ),
         ("evaluate {home}/run --out {home}/x.xlsx", "must end in .parquet or .csv"),
         ("report {home}", "not a run folder"),
+        ("report ~nobody-of-this-name/run", "a name that no user of this machine has"),
+        ("train --config {home}/my.yaml --out ~nobody-of-this-name/run", "begins with ~"),
+        ("train --config {home}/my.yaml --out ", "the run folder has no name"),
+        ("train --config {home}/my.yaml --out {home}/new -p model \0", "special characters"),
         ("run {home}/none.ipynb", "no notebook"),
         ("sweep {home}/none.yaml", "no sweep file"),
         ("plan --model someone/unknown-model", "not known offline"),
@@ -335,7 +339,7 @@ def test_refusals_are_one_line_and_leave_nothing(home, capsys, words, message):
     before = sorted(p.name for p in home.iterdir())
     assert main([w.format(home=home) for w in words.split(" ")]) == 2
     err = capsys.readouterr().err
-    assert message in err and "Traceback" not in err, err
+    assert message in err and "Traceback" not in err and err.count("\n") == 1, err
     assert sorted(p.name for p in home.iterdir()) == before
 
 

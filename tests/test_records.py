@@ -159,6 +159,13 @@ def test_an_index_names_nothing_outside_its_folder(run, name):
         newest_checkpoint(run)
 
 
+@pytest.mark.parametrize("line", ["[1]", '"text"', "3", "null", "{"])
+def test_lines_that_are_no_rows_are_named(run, line):
+    (run.path / "metrics.jsonl").write_text('{"a": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: not a row"):
+        read_rows(run)
+
+
 def test_rows_that_are_missing_are_named(run):
     iterate(run, 0)
     (run.path / "metrics.jsonl").write_text("")

@@ -79,7 +79,13 @@ def _is_mistake(error: Exception) -> bool:
     """Whether an error is one of input, memory or numbers; any other is a bug, with a traceback."""
     known = (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, MemoryError)
     names = {kind.__name__ for kind in type(error).__mro__}  # nothing heavy is imported for these
-    return isinstance(error, known) or bool(names & {"RewardError", "OutOfMemoryError"})
+    known_names = names & {"RewardError", "OutOfMemoryError"}
+    return isinstance(error, known) or bool(known_names) or _is_about_home(error)
+
+
+def _is_about_home(error: Exception) -> bool:
+    """Whether a path begins with ~ and the name of no user, which pathlib reports so."""
+    return type(error) is RuntimeError and "home directory" in str(error)
 
 
 def _line(error: Exception) -> str:
@@ -91,6 +97,8 @@ def _line(error: Exception) -> str:
             "out of memory: draw fewer images at a time (--batch, --images, rollout_batch); "
             "chunk-grpo plan says what a run needs"
         )
+    if _is_about_home(error):
+        return "a path begins with ~ and a name that no user of this machine has; write it out"
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return printable(str(message) or type(error).__name__)
 

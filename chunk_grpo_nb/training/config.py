@@ -247,7 +247,7 @@ def parse_yaml(text: str) -> Any:
         _check_structure(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as e:
-        raise ValueError(str(e)) from e
+        raise ValueError(" ".join(str(e).split())) from e
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -220,6 +220,13 @@ def lock_run(run: RunFolder) -> Iterator[None]:
         lock.release()
 
 # %% ../../nbs/training/03_records.ipynb #f2a995dc
+def _as_row(value: Any) -> dict:
+    """The value, if it is an object."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a row is an object, not a {type(value).__name__}")
+    return value
+
+
 def _read_jsonl(path: Path) -> list[dict]:
     """The rows of a file, in order; a last line that was cut off is left out."""
     if not path.exists():
@@ -228,9 +235,9 @@ def _read_jsonl(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(_as_row(json.loads(line)))
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
+            raise ValueError(f"{path}, line {number}: not a row of JSON: {e}") from e
     return rows
 
 

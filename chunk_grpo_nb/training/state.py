@@ -194,6 +194,8 @@ def _check_folder(
     config: Config, out_dir: str | Path, resume: bool, allow_changed_inputs: bool
 ) -> None:
     """Refuse a folder that is not free for a run, or is not that of the run to resume."""
+    if not str(out_dir):
+        raise ValueError("the run folder has no name; write . for the one you are in")
     if not resume:
         if allow_changed_inputs:
             raise ValueError("allow_changed_inputs is for a resume; a new run has no inputs yet")
