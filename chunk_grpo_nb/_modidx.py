@@ -596,6 +596,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'chunk_grpo_nb/models/adapters.py'),
                                                'chunk_grpo_nb.models.adapters._prefix': ( 'models/adapters.html#_prefix',
                                                                                           'chunk_grpo_nb/models/adapters.py'),
+                                               'chunk_grpo_nb.models.adapters._settle_header': ( 'models/adapters.html#_settle_header',
+                                                                                                 'chunk_grpo_nb/models/adapters.py'),
                                                'chunk_grpo_nb.models.adapters.adapters_off': ( 'models/adapters.html#adapters_off',
                                                                                                'chunk_grpo_nb/models/adapters.py'),
                                                'chunk_grpo_nb.models.adapters.add_lora': ( 'models/adapters.html#add_lora',

@@ -114,6 +114,17 @@ def _in_order(value: object) -> object:
     return sorted(value) if names else value
 
 
+def _settle_header(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file: it is written in a random order."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
 def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
     """Write what is trained, in diffusers' format.
 
@@ -133,6 +144,7 @@ def save_trained(pipe, folder: str | Path, lora: bool) -> Path:
             ),
             transformer_lora_adapter_metadata={k: _in_order(v) for k, v in size.items()},
         )
+        _settle_header(folder / LORA_FILE)
         save_without_metadata(folder)
     else:
         pipe.transformer.save_pretrained(folder / "transformer")
