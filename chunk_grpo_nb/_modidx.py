@@ -61,6 +61,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'chunk_grpo_nb/analysis/architectures.py')},
             'chunk_grpo_nb.analysis.arguments': { 'chunk_grpo_nb.analysis.arguments.add_parameter_argument': ( 'analysis/arguments.html#add_parameter_argument',
                                                                                                                'chunk_grpo_nb/analysis/arguments.py'),
+                                                  'chunk_grpo_nb.analysis.arguments.at_least_0': ( 'analysis/arguments.html#at_least_0',
+                                                                                                   'chunk_grpo_nb/analysis/arguments.py'),
                                                   'chunk_grpo_nb.analysis.arguments.at_least_1': ( 'analysis/arguments.html#at_least_1',
                                                                                                    'chunk_grpo_nb/analysis/arguments.py'),
                                                   'chunk_grpo_nb.analysis.arguments.new_file': ( 'analysis/arguments.html#new_file',

@@ -27,59 +27,91 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+MEANING = {
+    "shapes_pick": "the preference model: trained",
+    "shapes_utility": "gold: the annotator's utility, which the preference model stands for",
+    "shapes_early": "gold: its early taste, hue and size",
+    "shapes_late": "gold: its late taste, ink and outlines",
+    "shapes_hue": "blueness of the ink where the prompt leaves the colour free",
+    "shapes_size": "mean radius of the shapes asked for, pixels",
+    "shapes_vivid": "depth of the ink",
+    "shapes_crisp": "sharpness of the outlines",
+    "shapes_dense": "share of the prompt's conditions that are met",
+    "shapes_strict": "share of the pictures that meet all of them",
+    "shapes_clip": "similarity by the embedded CLIP",
+}
+
+
+def seed_means(folder: Path):
+    """Mean of every measure over test prompts and seeds: a table, measures by arms."""
+    import pandas as pd
+
+    rows = pd.read_parquet(folder / "records.parquet")
+    rows = rows[(rows["part"] == "test") & rows["measure"].isin(MEANING)]
+    means = rows.astype({"arm": str, "measure": str}).groupby(["measure", "arm"])["value"].mean()
+    return means.unstack()
+
+
 def headline_rows(record: dict) -> list[list[str]]:
-    """Base, step and chunk, and both intervals of their difference, for every measure."""
+    """Means of base, step and chunk over all seeds, and their differences, for every measure."""
+    means = seed_means(RESULTS / "headline")
     rows = []
-    for measure, pairs in record["changes"].items():
-        step, chunk, between = (pairs[pair] for pair in PAIRS)
-        role = {record["reward"]: " (trained)", record["gold"]: " (gold)"}.get(measure, "")
-        values = [step["this_pair"]["before"], step["this_pair"]["after"]]
-        values.append(chunk["this_pair"]["after"])
-        changes = [pair["over_seeds"] or pair["this_pair"] for pair in (step, chunk, between)]
-        rows.append([f"`{measure}`{role}", *(f"{v:.3f}" for v in values), *map(interval, changes)])
+    for measure, meaning in MEANING.items():
+        changes = (record["changes"][measure][pair]["over_seeds"] for pair in PAIRS)
+        values = (f"{means.loc[measure, arm]:.3f}" for arm in ("base", "step", "chunk"))
+        rows.append([f"`{measure}`", meaning, *values, *map(interval, changes)])
     return rows
 
 
+def resolved(change: dict) -> str:
+    """What a difference did, by its interval."""
+    if change["low"] > 0:
+        return "rises"
+    return "falls" if change["high"] < 0 else "is not resolved"
+
+
 def headline_words(record: dict) -> str:
-    """Which measures each arm moved, by the intervals over seeds where there are some."""
-    parts = []
-    for pair in PAIRS:
-        moved = {"rise": [], "fall": []}
-        for measure, pairs in record["changes"].items():
-            change = pairs[pair]["over_seeds"] or pairs[pair]["this_pair"]
-            if change["low"] > 0:
-                moved["rise"].append(f"`{measure}`")
-            if change["high"] < 0:
-                moved["fall"].append(f"`{measure}`")
-        words = [f"{', '.join(names) or 'none'} {word}" for word, names in moved.items()]
-        parts.append(f"- {pair}: {'; '.join(words)}")
-    return "\n".join(["Resolved, by those intervals:", "", *parts])
+    """The answers in sentences: the trained reward, what it stands for, and correctness."""
+    changes = record["changes"]
+    between = changes[record["reward"]][PAIRS[2]]["over_seeds"]
+    lines = [
+        f"- Between the arms, the trained reward {resolved(between)}: chunk − step "
+        f"{interval(between)}."
+    ]
+    for measure, what in (
+        (record["reward"], "the trained reward"),
+        (record["gold"], "the utility that it stands for"),
+        ("shapes_strict", "the share of pictures that keep their prompt"),
+    ):
+        words = " and ".join(
+            f"{resolved(changes[measure][pair]['over_seeds'])} in the {pair.split()[0]} arm"
+            for pair in PAIRS[:2]
+        )
+        lines.append(f"- Against the base model, {what} {words}.")
+    return "\n".join(lines)
 
 
 def headline_results() -> str:
-    """Table and pictures of the committed headline run, from its summary."""
-    file = RESULTS / "headline" / "summary.json"
-    if not file.exists():
-        return "No run of the headline experiment is committed yet."
-    record = read_json(file)
-    over_seeds = record["changes"][record["reward"]][PAIRS[2]]["over_seeds"]
-    if over_seeds is None:
-        over = "over prompts, of this pair of runs"
-    else:
-        over = f"over {over_seeds['seeds']:.0f} seeds"
-    header = ["measure", "base", "step", "chunk", *PAIRS]
+    """Table and pictures of the committed headline runs."""
+    record = read_json(RESULTS / "headline" / "summary.json")
+    seeds = record["changes"][record["reward"]][PAIRS[2]]["over_seeds"]["seeds"]
+    header = ["measure", "what it is", "base", "step", "chunk", *PAIRS]
     return "\n\n".join(
         [
-            f"What the quickstart shows: one pair of runs, {record['prompts']} held-out prompts × "
-            f"{record['images']} images; differences with 95 % intervals {over}.",
-            markdown_table(header, headline_rows(record)),
+            f"The quickstart trains one pair of runs; here are {seeds:.0f} such pairs, the same "
+            f"settings on {seeds:.0f} seeds:",
             headline_words(record),
+            f"Means over {record['prompts']} held-out prompts, and differences with 95 % intervals "
+            "over the seeds (Student's t, paired; not corrected for their number; the prompts are "
+            "the same for all, so that the intervals do not speak about other prompts):",
+            markdown_table(header, headline_rows(record)),
             "![Learning curves of both arms against the base model]"
             "(data/results/headline/learning.png)",
             "![Spread of the ratios and clipped shares, by step and by chunk]"
             "(data/results/headline/ratios.png)",
-            "The executed notebook, its records, the tuning and the runs on all seeds are in "
-            "[`data/results/headline`](data/results/headline).",
+            "*Above*: how far ratios have moved from 1, for each step or chunk; *below*: the share "
+            "that the clip range cuts. The executed notebook, its records, the tuning and the runs "
+            "on all seeds are in [`data/results/headline`](data/results/headline).",
         ]
     )
 
@@ -111,12 +143,14 @@ def headline_page() -> str:
     """The page of the committed headline runs: files, tuning."""
     manifest = read_json(RESULTS / "headline" / "manifest.json")
     hours = manifest["trial_seconds"]["sum"] / 3600
+    arms = sorted({arm for commit in manifest["git_commits"].values() for arm in commit["arms"]})
     header = ["arm", "learning rate", "clip", "seed", *(f"`{name}`" for name in TUNING_CHANGES)]
     parts = [
         "# Records of the headline experiment",
         "Written by `ci/readme.py` from the records in this folder. "
-        f"{manifest['trials']} runs, {hours:.1f} hours of one core; made again by "
-        "`chunk-grpo sweep data/sweeps/paper/confirmatory.yaml`. What follows from them stands in "
+        f"{manifest['trials']} runs, {hours:.1f} hours of one core: those arms of "
+        "`data/sweeps/paper/confirmatory.yaml` that have been run, "
+        f"{', '.join(arms)}; `chunk-grpo sweep` runs the file. What follows from them stands in "
         "[the README](../../../README.md) and, claim by claim, in "
         "[the executed notebook of the claims](../paper/06_claims.ipynb).",
         HEADLINE_FILES,
@@ -142,13 +176,18 @@ def claims_table() -> str:
         for c in record["claims"]
     ]
     hours = sum(record["hours"].values())
+    arms = {q[side]: None for q in record["questions"] for side in ("arm", "against")}
+    run = {q[side] for q in record["questions"] if q["seeds"] for side in ("arm", "against")}
     return "\n\n".join(
         [
-            f"On the embedded model, with a learned preference as the reward; {hours:.1f} hours of "
-            "one core in all. Differences are on held-out prompts, with 95 % intervals over seeds; "
-            f"a difference inside ±{record['margin']} of the trained reward counts as none. "
-            "[The executed notebook](data/results/paper/06_claims.ipynb) has the planned "
-            "comparison, Holm's correction and everything else that was measured.",
+            "On the embedded model, with a learned preference as the reward. So far "
+            f"{len(run)} of the {len(arms)} planned arms have been run "
+            f"({', '.join(sorted(run))}; {hours:.1f} hours of one core), and the experiments that "
+            "train nothing. Differences are on held-out prompts, with 95 % intervals over seeds; "
+            f"an interval wholly inside ±{record['margin']} of the trained reward would count as "
+            "no difference. A *hint* is an interval that excludes zero and was not planned, or not "
+            "corrected. [The executed notebook](data/results/paper/06_claims.ipynb) "
+            "has the planned questions and Holm's correction over them.",
             markdown_table(header, rows),
         ]
     )
@@ -158,16 +197,18 @@ def ablation_summary() -> str:
     """The committed ablation in a sentence and a picture."""
     record = read_json(RESULTS / "ablation" / "verdicts.json")
     verdicts = [v for v in record["verdicts"] if v["measure"] == record["reward"]]
-    resolved = [v for v in verdicts if v["verdict"] != "not resolved"]
-    chunks = [v for v in resolved if v["arm"].startswith("chunks")]
-    said = "none of them is about chunks" if not chunks else f"{len(chunks)} of them about chunks"
+    found = [v for v in verdicts if v["verdict"] != "not resolved"]
+    said = "; ".join(
+        f"{v['arm']} − {v['against']} {v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
+        for v in found
+    )
     return "\n\n".join(
         [
             "With one use of every rollout and a wide clip range, where chunks act by weighting "
             f"alone, {len(record['gains'])} method variants on "
-            f"{len(record['gains'][0]['seeds'])} seeds differ little: {len(resolved)} of "
+            f"{len(record['gains'][0]['seeds'])} seeds differ little: {len(found)} of "
             f"{len(verdicts)} planned comparisons in "
-            f"`{record['reward']}` is resolved, and {said} "
+            f"`{record['reward']}` is resolved: {said} "
             "([tables and verdicts](data/results/ablation/README.md)).",
             "![The runs of all variants, and their differences to step-level GRPO]"
             "(data/results/ablation/comparison.png)",

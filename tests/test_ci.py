@@ -89,6 +89,16 @@ def test_a_full_disk_gets_one_line(bare):
     assert not (bare.root / ".venv").exists()
 
 
+def test_a_linked_environment_is_not_cleared(bare, tmp_path):
+    (tmp_path / "other").mkdir()
+    kept = tmp_path / "other" / "kept"
+    kept.touch()
+    (bare.root / ".venv").symlink_to(tmp_path / "other")
+    run = bare(PYTHON=sys.executable)
+    assert run.returncode == 1 and "is a link" in run.stderr
+    assert kept.exists()
+
+
 @pytest.mark.slow
 def test_a_failed_download_gets_one_line_and_is_tried_again(bare):
     for _ in range(2):

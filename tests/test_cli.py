@@ -332,6 +332,7 @@ def test_run_and_sweep(home, capsys):
         ("sweep {home}/none.yaml", "no sweep file"),
         ("plan --model someone/unknown-model", "not known offline"),
         ("plan --model {home}/flux --resolution big", "write 720"),
+        ("plan --model {home}/flux --resolution 10x", "write 720"),
         ("plan --model {home}/flux --gpu 80", "80GB or 79GiB"),
     ],
 )
@@ -341,6 +342,14 @@ def test_refusals_are_one_line_and_leave_nothing(home, capsys, words, message):
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err and err.count("\n") == 1, err
     assert sorted(p.name for p in home.iterdir()) == before
+
+
+@pytest.mark.parametrize("guidance", ["-1", "nan", "inf", "much"])
+def test_guidance_is_a_finite_number_of_at_least_0(capsys, guidance):
+    with pytest.raises(SystemExit) as end:
+        main(["sample", "shapes", "a circle", "--out", "x.png", f"--guidance={guidance}"])
+    assert end.value.code == 2
+    assert "a number of at least 0" in capsys.readouterr().err
 
 
 def test_debug_shows_the_error_itself():

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['parameter_values', 'at_least_1', 'new_file', 'add_parameter_argument']
+__all__ = ['parameter_values', 'at_least_0', 'at_least_1', 'new_file', 'add_parameter_argument']
 
 # %% ../../nbs/analysis/15_arguments.ipynb #81587ceb
 def parameter_values(pairs: Sequence[Sequence[str]] | None) -> dict:
@@ -32,6 +33,17 @@ def parameter_values(pairs: Sequence[Sequence[str]] | None) -> dict:
     return found
 
 # %% ../../nbs/analysis/15_arguments.ipynb #4e7649bd
+def at_least_0(text: str) -> float:
+    """A finite number of a command line, refused below 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of at least 0")
+    return value
+
+
 def at_least_1(text: str) -> int:
     """A whole number of a command line, refused below 1."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:

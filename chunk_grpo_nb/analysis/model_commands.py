@@ -9,7 +9,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from .arguments import at_least_1, new_file
+from .arguments import at_least_0, at_least_1, new_file
 
 # %% auto #0
 __all__ = ['open_policy', 'add_model_arguments', 'add_evaluate', 'add_sample', 'add_benchmark']
@@ -98,7 +98,9 @@ def add_model_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--steps", type=at_least_1, help="sampling steps; default: the run's")
     p.add_argument(
-        "--guidance", type=float, help="guidance scale; default: the run's, or the pipeline's own"
+        "--guidance",
+        type=at_least_0,
+        help="guidance scale; default: the run's, or the pipeline's own",
     )
     p.add_argument(
         "--hybrid-steps",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -84,12 +85,13 @@ def _plan(a: argparse.Namespace) -> int:
     config = load_config(a.config) if a.config else make_config(_PLANNED, Config())
     changed = {"model": a.model} if a.model else {}
     if a.resolution:
-        width, _, height = a.resolution.lower().partition("x")
-        if not (width.isdigit() and (height or width).isdigit()):
+        width, cross, height = a.resolution.lower().partition("x")
+        sides = [width, height] if cross else [width, width]
+        if not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
             raise ValueError(
                 f"--resolution {a.resolution}: write 720, or 1280x720 for width x height"
             )
-        changed |= {"width": int(width), "height": int(height or width)}
+        changed |= {"width": int(sides[0]), "height": int(sides[1])}
     from chunk_grpo_nb.analysis.memory import pipeline_shape, plan_memory
 
     config = make_config(changed | parameter_values(a.parameter), config)
