@@ -417,3 +417,46 @@ def test_workers_end_with_a_killed_parent(checkout):
     wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"running"})
     process.kill()  # the parent alone
     wait_for(lambda: set(sweep_status(grid, checkout / "out").status) == {"interrupted"}, 10)
+
+
+def test_a_plan_is_its_sweeps_in_order_all_checked_first(checkout):
+    from chunk_grpo_nb.analysis.sweep import load_sweeps
+
+    sweep(checkout, "experiment: toy\ngrid: {seed: [0, 1]}", "first")
+    sweep(checkout, "experiment: toy\ngrid: {seed: [2]}", "second")
+    plan = checkout / "plan.yaml"
+    plan.write_text("sweeps: [second.yaml, first.yaml]")
+    assert [s.name for s in load_sweeps(plan)] == ["second", "first"]
+    (checkout / "second.yaml").write_text("experiment: toy\ngrid: {sead: [2]}")
+    with pytest.raises(ValueError, match="second.yaml.*did you mean 'seed'"):
+        load_sweeps(plan)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("sweeps: []", "a list of sweep files"),
+        ("sweeps: first.yaml", "a list of sweep files"),
+        ("sweeps: [first.yaml]\ngrid: {seed: [0]}", "one section"),
+        ("sweeps: [first.yaml, first.yaml]", "'first' is named twice"),
+        ("sweeps: [fist.yaml]", "did you mean 'first'"),
+        ("sweeps: [plan.yaml]", "unknown section 'sweeps'|needs 'experiment:'"),
+    ],
+)
+def test_a_plan_that_says_nothing_or_too_much_is_refused(checkout, text, message):
+    from chunk_grpo_nb.analysis.sweep import load_sweeps
+
+    sweep(checkout, "experiment: toy\ngrid: {seed: [0, 1]}", "first")
+    (checkout / "plan.yaml").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_sweeps(checkout / "plan.yaml")
+
+
+def test_every_committed_sweep_file_can_be_read():
+    from chunk_grpo_nb.analysis.sweep import load_sweeps
+
+    folder = Path(__file__).parent.parent / "data" / "sweeps"
+    plans = {path.name: load_sweeps(path) for path in sorted(folder.glob("*.yaml"))}
+    named = {s.name for s in plans["paper.yaml"]}
+    apart = {"planned"}  # no sweep: the questions to the records of `confirmatory`
+    assert named == {path.stem for path in (folder / "paper").glob("*.yaml")} - apart

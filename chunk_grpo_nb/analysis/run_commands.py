@@ -215,11 +215,25 @@ def add_run(add) -> None:
 
 # %% ../../nbs/analysis/17_run_commands.ipynb #6f21b0e8
 def _sweep(a: argparse.Namespace) -> int:
-    from chunk_grpo_nb.analysis.runner import progress_text, run_sweep
-    from chunk_grpo_nb.analysis.sweep import load_sweep, sweep_status
+    from chunk_grpo_nb.analysis.sweep import load_sweeps
 
-    sweep = load_sweep(a.file)
-    folder = Path(a.out or Path("runs") / "sweeps" / sweep.name).expanduser()
+    sweeps = load_sweeps(a.file)
+    home = Path(a.out or Path("runs") / "sweeps").expanduser()
+    code = 0
+    for sweep in sweeps:
+        folder = home if a.out and len(sweeps) == 1 else home / sweep.name
+        if len(sweeps) > 1:
+            print(f"\nsweep {sweep.name}")
+        code = max(code, _one_sweep(a, sweep, folder))
+        if code == 130:
+            break
+    return code
+
+
+def _one_sweep(a: argparse.Namespace, sweep, folder: Path) -> int:
+    from chunk_grpo_nb.analysis.runner import progress_text, run_sweep
+    from chunk_grpo_nb.analysis.sweep import sweep_status
+
     if a.status:
         status = sweep_status(sweep, folder)
         shown = [c for c in status if c not in ("folder", "error", "changed")]
@@ -247,11 +261,17 @@ def add_sweep(add) -> None:
     p = add(
         "sweep",
         _sweep,
-        "run a grid of notebooks, going on where it was cut off",
+        "run one or more grids of notebooks, going on where it was cut off",
         "chunk-grpo sweep data/sweeps/ablation.yaml --jobs 2",
     )
-    p.add_argument("file", help="YAML: experiment, fixed, arms, grid")
-    p.add_argument("--out", help="results folder; default: runs/sweeps/NAME")
+    p.add_argument(
+        "file",
+        help="YAML: experiment, fixed, arms, grid; or sweeps, a list of such files",
+    )
+    p.add_argument(
+        "--out",
+        help="results folder, of several sweeps a folder of those; default: runs/sweeps/NAME",
+    )
     p.add_argument(
         "--jobs", type=at_least_1, default=2, help="trials at a time (default: %(default)s)"
     )

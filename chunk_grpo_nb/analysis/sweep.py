@@ -21,8 +21,8 @@ from .notebooks import check_parameters, parse_python, read_notebook
 from ..training.config import read_yaml
 
 # %% auto #0
-__all__ = ['Trial', 'Sweep', 'load_sweep', 'code_hashes', 'changed_code', 'open_results', 'trial_lock', 'trial_result',
-           'sweep_status']
+__all__ = ['Trial', 'Sweep', 'load_sweep', 'load_sweeps', 'code_hashes', 'changed_code', 'open_results', 'trial_lock',
+           'trial_result', 'sweep_status']
 
 # %% ../../nbs/analysis/02_sweep.ipynb #c5fe743c
 @dataclass(frozen=True)
@@ -145,6 +145,30 @@ def load_sweep(
                 )
             trials[trial.key] = trial
     return Sweep(path.stem, notebook, tuple(trials.values()))
+
+# %% ../../nbs/analysis/02_sweep.ipynb #e0d08ce2
+def load_sweeps(
+    path: str | Path,  # a sweep file, or a plan: YAML whose only section is a list `sweeps:`
+) -> tuple[Sweep, ...]:
+    """The sweeps of a plan, in its order; of a sweep file that one sweep.
+
+    A plan names sweep files, as seen from its own folder. All are read and checked before anything
+    runs. `ValueError` for a plan that names nothing, or one sweep twice.
+    """
+    path = Path(path).expanduser()
+    data = read_yaml(path) if path.is_file() else {}
+    if not isinstance(data, dict) or "sweeps" not in data:
+        return (load_sweep(path),)
+    files = data["sweeps"]
+    if len(data) > 1 or not isinstance(files, list) or not files:
+        raise ValueError(
+            f"{path}: a plan has one section, 'sweeps:', a list of sweep files; found {list(data)}"
+        )
+    sweeps = tuple(load_sweep(path.parent / str(file)) for file in files)
+    names = [sweep.name for sweep in sweeps]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path}: sweep {min(twice)!r} is named twice")
+    return sweeps
 
 # %% ../../nbs/analysis/02_sweep.ipynb #cd5be881
 def _code_hash(source: str) -> str:
