@@ -43,6 +43,24 @@ REFUSED = [
     ({"sde_window": 17}, "at most num_steps - 1 = 16"),
     ({"window_stride": 2}, "no meaning without sde_window"),
     ({"window_every": 25}, "no meaning without sde_window"),
+    ({"window_range": [0, 5]}, "no meaning without sde_window"),
+    ({"window_order": "random"}, "no meaning without sde_window"),
+    ({"sde_window": 2, "chunker": "step", "window_range": [0, 1]}, "at least sde_window = 2"),
+    ({"sde_window": 2, "chunker": "step", "window_range": [0, 17]}, "16 trained steps"),
+    ({"sde_window": 2, "chunker": "step", "window_range": [0, 5, 6]}, r"must be \[first, end\]"),
+    ({"sde_window": 2, "chunker": "step", "window_range": ["0", 5]}, r"must be \[first, end\]"),
+    (
+        {"sde_window": 2, "chunker": "step", "window_stride": 0, "window_every": 5},
+        "window_every = 5: is ignored where the window stays",
+    ),
+    (
+        {"sde_window": 2, "chunker": "step", "window_stride": 0, "window_order": "random"},
+        "is ignored where the window stays",
+    ),
+    ({"trust_region": "dppo:1.0e-5", "clip_low": 1e-4}, "clip_low = 0.0001: is ignored by"),
+    ({"trust_region": "dppo:1.0e-5", "clip_high": 1e-4}, "clip_high = 0.0001: is ignored by"),
+    ({"selection": "weighted", "fraction": 1.0}, "is ignored with fraction = 1.0"),
+    ({"selection": "anneal", "fraction": 1.0}, "is ignored with fraction = 1.0"),
     ({"sde_window": 4, "chunker": "fixed:2,3,4,7"}, "4 trained"),
     ({"sde_window": 4, "chunker": "online:adaptive"}, "averages curves of the same steps"),
     ({"trust_region": "clip:"}, "must be clip, clip:length"),
@@ -115,6 +133,24 @@ def test_flat_grouped_and_keywords_are_the_same():
     assert by_name == make_config({"objective": {"clip_low": 0.1}, "run": {"seed": 3}})
     assert by_name == make_config(clip_low=0.1, seed=3) == make_config(flat(by_name))
     assert make_config(base=by_name, seed=0) == make_config(clip_low=0.1)
+
+
+def test_a_default_is_no_wish():
+    """A saved file lists every setting; those that nobody asked for must not stand in the way."""
+    config = make_config(trust_region="dppo:1.0e-5", clip_low=1e-3, window_every=1)
+    assert make_config(flat(config)) == config
+
+
+def test_places_of_a_window_in_a_range_are_all_drawn():
+    sampling = make_config(
+        {"num_steps": 10, "sde_window": 2, "window_range": [1, 5], "window_order": "random"},
+        chunker="step",
+    ).sampling
+    assert sampling.window_places == [1, 2, 3] and sampling.window_moves
+    drawn = [sampling.window_start(i, seed=3) for i in range(600)]
+    assert [drawn.count(place) / 600 for place in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.06)
+    still = make_config({"num_steps": 10, "sde_window": 2, "window_range": [3, 5]}, chunker="step")
+    assert still.sampling.window_places == [3] and not still.sampling.window_moves
 
 
 def test_rewards_may_have_options():

@@ -130,6 +130,16 @@ def test_a_window_moves_and_saves_network_evaluations(folder, plain):
     assert first["evaluations_sampled"] == whole["evaluations_sampled"]
 
 
+def test_a_window_is_drawn_in_its_range_from_the_seed(folder):
+    drawn = WINDOW | {"window_stride": 1, "window_range": [1, 4], "window_order": "random"}
+    firsts = []
+    for seed in (0, 0, 1):
+        found = run(folder, f"drawn_{len(firsts)}", **drawn | {"iterations": 6, "seed": seed})
+        firsts.append(read_rows(found).groupby("iteration").last()["first_step"].tolist())
+    assert firsts[0] == firsts[1] != firsts[2]
+    assert set(firsts[0] + firsts[2]) == {1, 2}
+
+
 class Watch(Callback):
     """Keeps what each iteration trains."""
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/02_config.ipynb #3ccc7443
 from __future__ import annotations
 
+import functools
 import re
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..messages import nearest
+from .rules import Idle, refuse, refuse_idle, shown
 from chunk_grpo_nb.training.settings import (
     READABLE_VERSIONS,
     SCHEMA_VERSION,
@@ -24,8 +26,6 @@ from chunk_grpo_nb.training.settings import (
     PolicySettings,
     RunSettings,
     SamplingSettings,
-    refuse,
-    shown,
 )
 
 # %% auto #0
@@ -47,6 +47,7 @@ class Config:
     def __post_init__(self):
         _check_batches(self)
         _check_chunks(self)
+        refuse_idle(_IDLE, self, flat(self), _defaults())
 
     def __getattr__(self, name: str):
         group = _GROUP_OF.get(name)
@@ -135,6 +136,48 @@ def _check_selection(objective: ObjectiveSettings, chunks: int) -> None:
         if not known:
             words = f"names a chunk outside 0..{chunks - 1} of {objective.chunker!r}"
             refuse("selection", objective.selection, words)
+
+# %% ../../nbs/training/02_config.ipynb #0da251f5
+def _no_window(config: Config) -> bool:
+    return config.sampling.sde_window is None
+
+
+_IDLE = (
+    Idle(
+        ("clip_low", "clip_high"),
+        lambda config: config.objective.max_divergence is not None,
+        "is ignored by trust_region = dppo:KAPPA, which drops terms by their divergence and "
+        "clips nothing; leave it out, or set trust_region = clip",
+    ),
+    Idle(
+        ("window_stride", "window_every", "window_range", "window_order"),
+        _no_window,
+        "has no meaning without sde_window; set its size",
+    ),
+    Idle(
+        ("window_every", "window_order"),
+        lambda config: config.sampling.window_stride == 0,
+        "is ignored where the window stays, with window_stride = 0; leave it out, or set a stride",
+    ),
+    Idle(
+        ("lora_alpha",),
+        lambda config: not config.policy.lora_rank,
+        "has no meaning with lora_rank = 0; set a rank",
+    ),
+    Idle(
+        ("selection",),
+        lambda config: (
+            config.objective.fraction == 1 and config.objective.selection in ("weighted", "anneal")
+        ),
+        "is ignored with fraction = 1.0, which trains every chunk; lower fraction, or leave it out",
+    ),
+)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Name -> value of every setting that nobody asked for."""
+    return {f.name: getattr(kind(), f.name) for kind in _GROUPS.values() for f in fields(kind)}
 
 # %% ../../nbs/training/02_config.ipynb #10903aaf
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def make_sampler(config: Config, iteration: int = 0) -> Sampler:
     s = config.sampling
     steps = None
     if s.sde_window is not None:
-        steps = window_steps(s.num_steps, s.window_start(iteration), s.sde_window)
+        steps = window_steps(s.num_steps, s.window_start(iteration, config.run.seed), s.sde_window)
     scale, size = s.guidance_scale, (s.height, s.width)
     return Sampler(s.num_steps, s.sde, s.noise_level, s.shift, scale, *size, sde_steps=steps)
 
