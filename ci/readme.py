@@ -7,6 +7,8 @@ python ci/readme.py --check  exit 1 if one of them is out of date
 import json
 import sys
 
+from migration_page import PAGE as MIGRATION_PAGE
+from migration_page import migration_page
 from reading_order import index_map, readme_map, unlisted
 from result_pages import (
     RESULTS,
@@ -73,6 +75,7 @@ def main() -> None:
         INDEX: rendered_index(),
         ABLATION_PAGE: ablation_page(),
         HEADLINE_PAGE: headline_page(),
+        MIGRATION_PAGE: migration_page(),
     }
     for file, text in texts.items():
         current = file.read_text(encoding="utf-8") if file.exists() else None
