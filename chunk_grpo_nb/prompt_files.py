@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .messages import excerpt, one_line
@@ -24,6 +24,8 @@ class Prompt:
 
     text: str  # never empty, no surrounding blanks
     metadata: dict = field(default_factory=dict)  # e.g. GenEval's {"tag": "counting", ...}
+    place: str = field(default="", compare=False, repr=False)  # file and line, for errors
+    folder: Path | None = field(default=None, compare=False, repr=False)  # of that file
 
 # %% ../nbs/data/03_prompt_files.ipynb #bc3f9b02
 class PromptError(ValueError):
@@ -74,7 +76,7 @@ def prompt_from(record: object, place: str) -> Prompt:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise PromptError(f"{place}: the prompt {excerpt(text)} holds half a surrogate pair")
     metadata = {key: value for key, value in record.items() if key != name}
-    return Prompt(text.strip(), _without_nulls(metadata))
+    return Prompt(text.strip(), _without_nulls(metadata), place)
 
 # %% ../nbs/data/03_prompt_files.ipynb #4239974d
 def read_text(path: Path) -> str:
@@ -140,7 +142,7 @@ def read_json_lists(path: Path) -> Iterator[Prompt]:
         for number, record in enumerate(records, start=1):
             prompt = prompt_from(record, f"{path}, entry {number}")
             if style is not None:
-                prompt = Prompt(prompt.text, {**prompt.metadata, "style": style})
+                prompt = replace(prompt, metadata={**prompt.metadata, "style": style})
             yield prompt
 
 # %% ../nbs/data/03_prompt_files.ipynb #9ab8fc3b

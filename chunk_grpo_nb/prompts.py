@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def _read_folder(folder: Path) -> Iterator[Prompt]:
         yield prompt_from({"prompt": read_text(path), "name": path.stem}, str(path))
     for path in [] if texts else lists:
         for prompt in read_json_lists(path):
-            yield Prompt(prompt.text, {"style": path.stem, **prompt.metadata})
+            yield replace(prompt, metadata={"style": path.stem, **prompt.metadata})
 
 # %% ../nbs/data/04_prompts.ipynb #859def62
 def _read_hub(name: str, split: str | None) -> Iterator[Prompt]:
@@ -159,7 +160,9 @@ def load_prompts(
     """
     path = _checked_source(source, split, limit)
     try:
-        prompts = list(_read_source(source, path, split))[:limit]
+        folder = path if path.is_dir() else path.parent if path.is_file() else None
+        found = list(_read_source(source, path, split))[:limit]
+        prompts = [replace(prompt, folder=folder) for prompt in found]
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     if not prompts:

@@ -9,10 +9,18 @@ import tempfile
 import warnings
 
 import torch
+from PIL import Image
 
-from chunk_grpo_nb.models.pipelines import flow_scheduler
+from chunk_grpo_nb.models.pipelines import flow_scheduler, source_area
 from chunk_grpo_nb.models.policy import Policy, Recording, Sampler, check_replay, load_policy
-from chunk_grpo_nb.models.tiny import TINY, TINY_SIZE, tiny_embeddings, tiny_pipeline
+from chunk_grpo_nb.models.tiny import (
+    TINY,
+    TINY_SIZE,
+    TINY_WORLD,
+    tiny_embeddings,
+    tiny_pipeline,
+)
+from chunk_grpo_nb.prompts import Prompt
 
 PROMPTS = ["a red circle", "a red circle", "two blue square and a green circle"]
 SEEDS = {"init_seeds": [1, 2, 3], "noise_seeds": [4, 5, 6]}
@@ -25,6 +33,7 @@ def tiny_policy(name: str = "flux", prompts=PROMPTS, pipe=None, **options) -> Po
     Prompts get embeddings where the pipeline has no text encoder.
     """
     policy = load_policy(pipe or tiny_pipeline(name), **options)
+    policy.world.update(TINY_WORLD.get(name, {}))
     if policy.pipe.tokenizer is None:
         dtype = policy.transformer.dtype
         for prompt in dict.fromkeys(prompts):
@@ -41,8 +50,29 @@ def tiny_sampler(name: str = "flux", **options) -> Sampler:
     return Sampler(**{"num_steps": 5, "height": size, "width": size} | options)
 
 
+def picture(colours: tuple = ("red", "blue"), size: tuple[int, int] = (12, 10)) -> Image.Image:
+    """A picture in two halves."""
+    image = Image.new("RGB", size, colours[0])
+    image.paste(colours[1], (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+PICTURES = [picture(), picture(("white", "green")), picture(("black", "red"))]  # of PROMPTS
+
+
+def asked(policy: Policy) -> tuple[list, dict[str, list[int]]]:
+    """Prompts and seeds: three, with pictures for an editing model, or as many as it draws."""
+    prompts = PROMPTS
+    if policy.family.sources:
+        pairs = zip(PROMPTS, PICTURES, strict=True)
+        prompts = [Prompt(text, {"image": image}) for text, image in pairs]
+    most = policy.family.most_images or len(prompts)
+    return prompts[:most], {name: seeds[:most] for name, seeds in SEEDS.items()}
+
+
 def draw(policy: Policy, sampler: Sampler, **options) -> Recording:
-    return policy.sample(PROMPTS, sampler, **SEEDS, **options)
+    prompts, seeds = asked(policy)
+    return policy.sample(prompts, sampler, **seeds, **options)
 
 
 def stock_images(policy: Policy, name: str, pipe=None, output_type: str = "pil", **options):
@@ -53,21 +83,37 @@ def stock_images(policy: Policy, name: str, pipe=None, output_type: str = "pil",
     pipe, sampler = pipe or policy.pipe, tiny_sampler(name)
     stock, pipe.scheduler = pipe.scheduler, flow_scheduler(pipe)
     guidance = sampler.guidance(pipe)
-    embeddings = policy.text.batch(PROMPTS, policy.family.is_guided(pipe, guidance)).embeddings
+    is_guided = policy.family.is_guided(pipe, guidance)
+    seeds = asked(policy)[1]["init_seeds"]
     try:
-        return pipe(
-            **embeddings,
-            **{policy.family.guidance_arg: guidance},
-            **policy.family.call_options,
-            num_inference_steps=sampler.num_steps,
-            height=sampler.height,
-            width=sampler.width,
-            generator=[torch.Generator().manual_seed(s) for s in SEEDS["init_seeds"]],
-            output_type=output_type,
-            **options,
-        ).images
+        with source_area(pipe, policy.world.get("source_area")):
+            return pipe(
+                **stock_prompts(policy, is_guided, sampler),
+                **{policy.family.guidance_arg: guidance},
+                **policy.family.call_options,
+                num_inference_steps=sampler.num_steps,
+                height=sampler.height,
+                width=sampler.width,
+                generator=[torch.Generator().manual_seed(s) for s in seeds],
+                output_type=output_type,
+                **options,
+            ).images
     finally:
         pipe.scheduler = stock
+
+
+def stock_prompts(policy: Policy, is_guided: bool, sampler: Sampler) -> dict:
+    """What the stock pipeline is told: texts where it can read them, pictures as PIL images."""
+    prompts, _ = asked(policy)
+    if policy.family.sources is None:
+        return policy.text.batch(prompts, is_guided).embeddings
+    # of a shape that the pipeline itself would make of the pictures, so that ours are fitted to it
+    pictures = policy.sources_of(prompts, sampler.height, sampler.width)
+    texts = [prompt.text for prompt in prompts]
+    embeddings = policy.text.batch(texts, is_guided, pictures).embeddings
+    kontext = {"max_area": sampler.height * sampler.width, "_auto_resize": False}
+    own = kontext if policy.family.name == "FLUX.1 Kontext" else {}
+    return {**embeddings, "image": pictures, **own}
 
 
 def same_images(a: list, b: list) -> bool:
@@ -99,7 +145,7 @@ def check_noise_free_sampling(name: str) -> str:
     stock = stock_images(policy, name)
     for options in ({"noise_level": 0.0}, {"kind": "ode"}):
         recording = draw(policy, tiny_sampler(name, **options))
-        assert recording.log_probs.shape == (3, 0)
+        assert recording.log_probs.shape == (len(recording), 0)
         assert same_images(policy.decode(recording), stock), (
             f"{name}: images differ from the stock pipeline's"
         )

@@ -16,9 +16,12 @@ from .embeddings import TextBatch, take_rows
 from .families import Family
 
 # %% auto #0
-__all__ = ['ReplayError', 'same_value', 'RecordedCall', 'CallHistory', 'CallLog']
+__all__ = ['APPENDED', 'ReplayError', 'same_value', 'RecordedCall', 'CallHistory', 'CallLog']
 
 # %% ../../nbs/models/06_calls.ipynb #601f9484
+APPENDED = "tokens of the source"  # what an editing pipeline appends to the latents of a call
+
+
 class ReplayError(RuntimeError):
     """A pipeline, or a recording, that cannot be replayed; the message says why."""
 
@@ -59,14 +62,19 @@ class RecordedCall:
         if self.branches > 1:
             index = torch.cat([rows + j * batch for j in range(self.branches)])
             states = torch.cat([states] * self.branches)
-        found = {family.latents_arg: family.to_input(states)}
+        found = {name: take_rows(*kept) for name, kept in self._rows(index).items()}
+        if APPENDED in found:
+            states = torch.cat([states, found.pop(APPENDED)], 1)
+        found[family.latents_arg] = family.to_input(states)
         for name, value in self.shared.items():
             found[name] = dict(value) if isinstance(value, dict) else value
-        for name, (values, which) in self.constant.items():
-            found[name] = take_rows(values, which[index])
         for name, values in self.varying.items():
             found[name] = values[steps.repeat(self.branches), index]
         return found
+
+    def _rows(self, index: Tensor) -> dict[str, tuple[Any, Tensor]]:
+        """Name -> values and which of them the rows `index` have."""
+        return {name: (values, which[index]) for name, (values, which) in self.constant.items()}
 
 # %% ../../nbs/models/06_calls.ipynb #722f861a
 @dataclass
@@ -95,7 +103,7 @@ class CallHistory:
             )
         call = RecordedCall(self.rows // batch, self.dtype, {}, {}, {})
         for name, value in self.first.items():
-            has_rows = name in family.row_args and value is not None
+            has_rows = name in (*family.row_args, APPENDED) and value is not None
             if name in self.varying:
                 call.varying[name] = _stacked(family, name, self.varying[name])
             elif has_rows:
@@ -142,28 +150,29 @@ class CallLog:
         self.family = family
         self.names = list(inspect.signature(transformer.forward).parameters)
         self.calls: list[CallHistory] = []  # those of one step, in order
-        self.step = 0
-        self.position = 0  # of the next call within its step
+        self.pending: list[dict[str, Any]] = []  # arguments of the calls since the last step
 
     def hook(self, module, args, kwargs) -> None:
         """Remember one call."""
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        latents = arguments.pop(self.family.latents_arg)
-        if self.step == 0:
-            self.calls.append(CallHistory(arguments, len(latents), latents[0].dtype))
-        elif self.position < len(self.calls):
-            self.calls[self.position].add(arguments, self.step)
-        self.position += 1
+        self.pending.append(dict(zip(self.names, args, strict=False)) | kwargs)
 
-    def end_step(self, step: int) -> None:
-        """Called after each scheduler step."""
-        if self.position != len(self.calls):
+    def end_step(self, step: int, length: int | None = None) -> None:
+        """Called after each scheduler step; `length` is that of a state's first dimension."""
+        if step > 0 and len(self.pending) != len(self.calls):
             raise ReplayError(
-                f"{self.family.name} made {self.position} transformer calls in step {step} and "
-                f"{len(self.calls)} in step 0: guidance that is switched off along the way "
+                f"{self.family.name} made {len(self.pending)} transformer calls in step {step} "
+                f"and {len(self.calls)} in step 0: guidance that is switched off along the way "
                 "(truncation) cannot be replayed"
             )
-        self.step, self.position = step + 1, 0
+        for number, arguments in enumerate(self.pending):
+            latents = arguments.pop(self.family.latents_arg)
+            if self.family.sources:
+                arguments[APPENDED] = latents[:, length:]
+            if step == 0:
+                self.calls.append(CallHistory(arguments, len(latents), latents[0].dtype))
+            else:
+                self.calls[number].add(arguments, step)
+        self.pending = []
 
     def fold(self, text: TextBatch) -> tuple[RecordedCall, ...]:
         """The calls of a rollout, with one copy per distinct prompt."""

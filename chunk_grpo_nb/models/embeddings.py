@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
+from PIL import Image
 from torch import Tensor
 
 from .encoders import Embeddings
 from .families import Family, family_of, token_limit, tokenizer_of
+from ..sources import source_key
 
 # %% auto #0
-__all__ = ['take_rows', 'TextBatch', 'text_batch', 'encoders_on_device', 'encode_one', 'PromptCache']
+__all__ = ['PromptKey', 'take_rows', 'TextBatch', 'prompt_keys', 'text_batch', 'encoders_on_device', 'encode_one', 'PromptCache']
 
 # %% ../../nbs/models/05_embeddings.ipynb #69e1fac4
 def take_rows(values, index: Tensor):
@@ -36,25 +38,39 @@ class TextBatch:
     embeddings: Embeddings  # pipeline keyword -> rows, one per image
     first_rows: Tensor  # (u,) an image that shows each distinct prompt
     which: Tensor  # (b,) the distinct prompt of each image
+    sources: list[Image.Image] | None = None  # of an editing model, one per image
+
+
+PromptKey = str | tuple[str, str]  # a text, or a text and its picture's digest
+
+
+def prompt_keys(prompts: Sequence[str], sources: Sequence | None = None) -> list[PromptKey]:
+    """What the embeddings of each row are kept under."""
+    if sources is None:
+        return list(prompts)
+    digests = {id(image): source_key(image) for image in sources}
+    return [(text, digests[id(image)]) for text, image in zip(prompts, sources, strict=True)]
 
 
 def text_batch(
     prompts: Sequence[str],  # one per image
-    known: dict[str, dict[str, Tensor]],  # prompt -> {keyword: tensor without batch dimension}
+    known: dict[PromptKey, dict[str, Tensor]],  # -> {keyword: tensor without batch dimension}
     family: Family,
     device: torch.device | str = "cpu",
+    sources: Sequence | None = None,  # of an editing model: the pictures, one per image
 ) -> TextBatch:
     """Make a batch of embeddings: collated once per distinct prompt, then repeated."""
-    prompts = list(prompts)
-    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    keys = prompt_keys(prompts, sources)
+    distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     rows = []
-    for prompt in distinct:
-        rows.append({name: value.to(device) for name, value in known[prompt].items()})
-    which = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
-    first = torch.tensor([prompts.index(prompt) for prompt in distinct], device=device)
+    for key in distinct:
+        rows.append({name: value.to(device) for name, value in known[key].items()})
+    which = torch.tensor([distinct[key] for key in keys], device=device)
+    first = torch.tensor([keys.index(key) for key in distinct], device=device)
     collated = family.collate(rows)
     embeddings = {name: take_rows(values, which) for name, values in collated.items()}
-    return TextBatch(prompts, embeddings, first, which)
+    pictures = None if sources is None else list(sources)
+    return TextBatch(list(prompts), embeddings, first, which, pictures)
 
 # %% ../../nbs/models/05_embeddings.ipynb #84e0a008
 @contextmanager
@@ -76,13 +92,15 @@ def encoders_on_device(pipe) -> Iterator[None]:
 
 @torch.no_grad()
 def encode_one(
-    pipe, prompt: str, guided: bool, limit: int
+    pipe, prompt: str, guided: bool, limit: int, source: Image.Image | None = None
 ) -> dict[str, Tensor]:  # keyword -> tensor without batch dimension
-    """Embeddings of one prompt in the transformer's dtype.
+    """Embeddings of one prompt, with its picture where that is read, in the transformer's dtype.
 
     One at a time, an embedding does not depend on its neighbours, not even in the last bit.
     """
-    rows = family_of(pipe).encode(pipe, [prompt], guided, limit)
+    family = family_of(pipe)
+    read = [[source]] if family.sources and family.sources.read else []
+    rows = family.encode(pipe, [prompt], guided, limit, *read)
     dtype = pipe.transformer.dtype
     found = {}
     for name, values in rows.items():
@@ -103,48 +121,66 @@ class PromptCache:
         self.limit = limit or token_limit(pipe)
         self.offload = offload
         self.size = size
-        self.known: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self.known: OrderedDict[PromptKey, dict[str, Tensor]] = OrderedDict()
 
-    def set(self, prompt: str, embeddings: dict[str, Tensor]) -> None:
+    def set(self, key: PromptKey, embeddings: dict[str, Tensor]) -> None:
         """Remember embeddings: pipeline keyword -> tensor without batch dimension."""
-        self.known[prompt] = embeddings
-        self.known.move_to_end(prompt)
+        self.known[key] = embeddings
+        self.known.move_to_end(key)
         while len(self.known) > self.size:
             self.known.popitem(last=False)
 
-    def encode(self, prompts: Sequence[str], guided: bool) -> dict[str, dict[str, Tensor]]:
+    def encode(
+        self, prompts: Sequence[str], guided: bool, sources: Sequence | None = None
+    ) -> dict[PromptKey, dict[str, Tensor]]:
         """Embeddings of every distinct prompt, however many; those not known are encoded.
 
-        `guided` asks for the negative prompt too.
+        `guided` asks for the negative prompt too; `sources` are the pictures of an editing model.
         """
-        found, missing = {}, []
-        for prompt in dict.fromkeys(prompts):
-            known = self.known.get(prompt)
+        keys, pictures = prompt_keys(prompts, sources), sources or [None] * len(prompts)
+        found, missing = {}, {}
+        for key, *row in zip(keys, prompts, pictures, strict=True):
+            known = self.known.get(key)
             if known is None or guided and not any(map(_is_negative, known)):
-                missing.append(prompt)
+                missing.setdefault(key, row)
             else:
-                found[prompt] = known
+                found[key] = known
         if missing and tokenizer_of(self.pipe) is None:
+            text, _ = next(iter(missing.values()))
             raise ValueError(
                 f"{type(self.pipe).__name__} has no tokenizer, and no embeddings are known for "
-                f"{missing[0][:120]!r}: give them with set_embeddings"
+                f"{text[:120]!r}: give them with set_embeddings"
             )
         with encoders_on_device(self.pipe) if missing and self.offload else nullcontext():
-            for prompt in missing:
-                found[prompt] = encode_one(self.pipe, prompt, guided, self.limit)
-                self.set(prompt, found[prompt])
+            for key, (text, picture) in missing.items():
+                found[key] = encode_one(self.pipe, text, guided, self.limit, picture)
+                self.set(key, found[key])
         return found
 
 # %% ../../nbs/models/05_embeddings.ipynb #84e0a009
 @patch
-def batch(self: PromptCache, prompts: Sequence[str], guided: bool) -> TextBatch:
+def batch(
+    self: PromptCache, prompts: Sequence[str], guided: bool, sources: Sequence | None = None
+) -> TextBatch:
     """The embeddings of `prompts` as one batch, without negative ones unless `guided`."""
-    known = self.encode(prompts, guided)
-    for prompt, embeddings in known.items():
+    known = self.encode(prompts, guided, sources)
+    for key, embeddings in known.items():
         kept = {n: value for n, value in embeddings.items() if guided or not _is_negative(n)}
-        known[prompt] = kept
+        known[key] = kept
     device = next(self.pipe.transformer.parameters()).device
-    return text_batch(prompts, known, family_of(self.pipe), device)
+    return text_batch(prompts, known, family_of(self.pipe), device, sources)
+
+
+@patch
+def filler(self: PromptCache, count: int) -> Embeddings:
+    """Embeddings of some prompt, for a call of the pipeline that does not read them."""
+    if not self.known:
+        blank = [Image.new("RGB", (32, 32))] if family_of(self.pipe).sources else None
+        self.encode([""], guided=False, sources=blank)
+    newest = next(reversed(self.known.values()))
+    kept = {name: value for name, value in newest.items() if not _is_negative(name)}
+    device = next(self.pipe.transformer.parameters()).device
+    return text_batch([""] * count, {"": kept}, family_of(self.pipe), device).embeddings
 
 
 @patch

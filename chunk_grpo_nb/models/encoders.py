@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['Embeddings', 'encode_flux', 'encode_sd3', 'encode_flux2', 'encode_klein', 'encode_qwen', 'encode_z_image',
-           'encode_masked', 'encode_sana', 'stack_rows', 'list_rows', 'pad_rows']
+           'calculated_size', 'encode_qwen_edit', 'encode_masked', 'encode_sana', 'stack_rows', 'list_rows', 'pad_rows']
 
 # %% ../../nbs/models/01_encoders.ipynb #81e0a004
 Embeddings = dict[str, Any]  # pipeline keyword -> (n, ...) tensor, or a list of n tensors
@@ -75,6 +76,33 @@ def encode_z_image(pipe, prompts: list[str], guided: bool, limit: int) -> Embedd
     found = {"prompt_embeds": list(cond)}
     if guided:
         found["negative_prompt_embeds"] = list(uncond)
+    return found
+
+# %% ../../nbs/models/01_encoders.ipynb #8a7e1fb1
+def calculated_size(pipe, image, area: int = 1024 * 1024) -> tuple[int, int]:
+    """Height and width to which a Qwen-Image-Edit pipeline scales a picture of this shape."""
+    width, height = sys.modules[type(pipe).__module__].calculate_dimensions(
+        area, image.width / image.height
+    )[:2]
+    return height, width
+
+
+def encode_qwen_edit(
+    pipe, prompts: list[str], guided: bool, limit: int, sources: list
+) -> Embeddings:
+    """Qwen-Image-Edit: as Qwen-Image, of a prompt with the picture that it edits."""
+    plus = "Plus" in type(pipe).__name__
+    area = {"area": 384 * 384} if plus else {}
+
+    def unpadded(text: str, image) -> Tensor:
+        image = pipe.image_processor.resize(image, *calculated_size(pipe, image, **area))
+        images = [image] if plus else image
+        return pipe.encode_prompt(prompt=[text], image=images, max_sequence_length=limit)[0][0]
+
+    pairs = list(zip(prompts, sources, strict=True))
+    found = {"prompt_embeds": [unpadded(text, image) for text, image in pairs]}
+    if guided:
+        found["negative_prompt_embeds"] = [unpadded(" ", image) for _, image in pairs]
     return found
 
 # %% ../../nbs/models/01_encoders.ipynb #81e0a007

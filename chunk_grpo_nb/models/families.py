@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from chunk_grpo_nb.models.encoders import (
@@ -19,7 +20,9 @@ from chunk_grpo_nb.models.encoders import (
     encode_flux2,
     encode_klein,
     encode_masked,
+    calculated_size,
     encode_qwen,
+    encode_qwen_edit,
     encode_sana,
     encode_sd3,
     encode_z_image,
@@ -38,9 +41,9 @@ from chunk_grpo_nb.models.guidance import (
 )
 
 # %% auto #0
-__all__ = ['ATTENTION', 'FAMILIES', 'FLUX', 'FLUX2', 'FLUX2_KLEIN', 'SD3', 'SANA', 'LUMINA2', 'QWEN', 'Z_IMAGE', 'same_latents',
-           'never_guided', 'guided_above_one', 'same_text', 'same_state', 'default_tokens', 'Family', 'tokenizer_of',
-           'token_limit', 'register_family', 'family_of']
+__all__ = ['ATTENTION', 'FAMILIES', 'FLUX', 'FLUX2', 'FLUX2_KLEIN', 'SD3', 'SANA', 'LUMINA2', 'QWEN', 'Z_IMAGE', 'FLUX_KONTEXT',
+           'QWEN_EDIT', 'QWEN_EDIT_PLUS', 'same_latents', 'never_guided', 'guided_above_one', 'same_text', 'same_state',
+           'default_tokens', 'Sources', 'Family', 'tokenizer_of', 'token_limit', 'register_family', 'family_of']
 
 # %% ../../nbs/models/03_families.ipynb #82e0a001
 def same_latents(latents: Tensor) -> Tensor:
@@ -86,6 +89,17 @@ ATTENTION = (  # the attention projections that LoRA trains by default
 
 
 @dataclass(frozen=True)
+class Sources:
+    """How an editing family takes the pictures that it edits."""
+
+    size: Callable[[Any, int | None, int | None], tuple[int, int]]
+    # (pipe, height, width of the image) -> height, width of its source
+    options: Callable[[Any, list | None, int | None, int | None], dict[str, Any]]
+    # (pipe, sources or None to decode only, height, width) -> keywords of the call
+    read: bool = False  # whether the text encoder reads the picture too
+
+# %% ../../nbs/models/03_families.ipynb #04e1b56c
+@dataclass(frozen=True)
 class Family:
     """How one family of pipelines is recorded and replayed.
 
@@ -102,8 +116,8 @@ class Family:
     combine: Callable[[list[Tensor], float], Tensor] = plain  # branches, guidance -> velocity
     guidance_arg: str = "guidance_scale"  # the pipeline keyword that sets the guidance scale
     is_guided: Callable[[Any, float], bool] = never_guided  # is there an unconditional branch?
-    encode: Callable[[Any, list[str], bool, int], Embeddings] = encode_flux
-    # (pipe, prompts, guided, token limit) -> embeddings
+    encode: Callable[..., Embeddings] = encode_flux
+    # (pipe, prompts, guided, token limit[, sources, where they are read]) -> embeddings
     collate: Callable[[list[dict[str, Tensor]]], Embeddings] = stack_rows
     tokenizer: str = "tokenizer"  # component whose length limit cuts prompts
     token_text: Callable[[Any, str], str] = same_text  # what is tokenized, with its template
@@ -112,6 +126,8 @@ class Family:
     to_pipeline: Callable[[Any, Tensor, int, int], Tensor] = same_state
     # (pipe, final latents, height, width) -> what the pipeline takes as `latents`
     call_options: dict[str, Any] = field(default_factory=dict)  # fixed keywords of the call
+    sources: Sources | None = None  # of an editing family; None: no pictures go in
+    most_images: int | None = None  # that one call of the pipeline draws; None: any number
 
 # %% ../../nbs/models/03_families.ipynb #82e0a003
 def tokenizer_of(pipe):
@@ -192,7 +208,7 @@ def family_of(pipe) -> Family:
         raise ValueError(
             f"{name} cannot be recorded and replayed: {reason}. "
             f"Known: {', '.join(sorted(FAMILIES))}. "
-            "For another flow-matching text-to-image pipeline, declare it with "
+            "For another flow-matching pipeline, declare it with "
             "register_family(Family(...))."
         )
     return FAMILIES[name]
@@ -308,5 +324,55 @@ Z_IMAGE = register_family(
         encode=encode_z_image,
         collate=list_rows,
         token_text=_z_image_text,
+    )
+)
+
+# %% ../../nbs/models/03_families.ipynb #f88142e3
+def _kontext_size(pipe, height: int | None, width: int | None) -> tuple[int, int]:
+    default, multiple = pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor * 2
+    height, width = height or default, width or default
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def _kontext_options(pipe, sources: list | None, height: int | None, width: int | None) -> dict:
+    rows, columns = _kontext_size(pipe, height, width)
+    options = {"max_area": rows * columns, "_auto_resize": False}
+    return options | {"image": sources} if sources else options
+
+
+def _qwen_edit_size(pipe, height: int | None, width: int | None) -> tuple[int, int]:
+    shape = Image.new("L", (width or height or 1024, height or width or 1024))
+    return calculated_size(pipe, shape)
+
+
+def _qwen_edit_options(pipe, sources: list | None, height: int | None, width: int | None) -> dict:
+    return {"image": sources or [Image.new("RGB", (32, 32))]}
+
+# %% ../../nbs/models/03_families.ipynb #bc823da8
+FLUX_KONTEXT = register_family(
+    replace(
+        FLUX,
+        name="FLUX.1 Kontext",
+        pipelines=("FluxKontextPipeline",),
+        sources=Sources(_kontext_size, _kontext_options),
+    )
+)
+
+QWEN_EDIT = register_family(
+    replace(
+        QWEN,
+        name="Qwen-Image-Edit",
+        pipelines=("QwenImageEditPipeline",),
+        encode=encode_qwen_edit,
+        sources=Sources(_qwen_edit_size, _qwen_edit_options, read=True),
+    )
+)
+
+QWEN_EDIT_PLUS = register_family(
+    replace(
+        QWEN_EDIT,
+        name="Qwen-Image-Edit Plus",
+        pipelines=("QwenImageEditPlusPipeline",),
+        most_images=1,  # its pipeline takes several pictures, but one prompt
     )
 )

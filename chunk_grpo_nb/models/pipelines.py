@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 
 from .encoders import Embeddings
-from .families import family_of
+from .families import FAMILIES, Family, family_of
 from ..paths import shapes_path
 
 # %% auto #0
 __all__ = ['parse_dtype', 'parse_device', 'pipeline_folder', 'quiet_loading', 'read_world', 'LoadedPipeline', 'load_pipeline',
-           'flow_scheduler', 'scheduled', 'no_steps', 'call_pipeline', 'decode_latents']
+           'model_family', 'flow_scheduler', 'scheduled', 'no_steps', 'scales_sources', 'source_area', 'call_pipeline',
+           'decode_latents']
 
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a005
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -159,6 +161,18 @@ def load_pipeline(
         ) from error
     return LoadedPipeline(pipe, read_world(folder))
 
+# %% ../../nbs/models/04_pipelines.ipynb #b7e6ae96
+def model_family(model: str) -> Family | None:
+    """The family of a model that is not loaded; None where its class is unknown or not found."""
+    from diffusers import DiffusionPipeline
+
+    folder = pipeline_folder(model)
+    try:
+        name = DiffusionPipeline.load_config(folder or model)["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return FAMILIES.get(name)
+
 # %% ../../nbs/models/04_pipelines.ipynb #6864a42b
 def flow_scheduler(
     pipe,  # diffusers pipeline
@@ -210,6 +224,36 @@ def no_steps():
 
     return NoSteps()
 
+# %% ../../nbs/models/04_pipelines.ipynb #be3f7bcb
+def scales_sources(pipe) -> bool:
+    """Whether the pipeline scales source pictures to an area of its own."""
+    return family_of(pipe).sources is not None and hasattr(
+        sys.modules[type(pipe).__module__], "calculate_dimensions"
+    )
+
+
+@contextmanager
+def source_area(
+    pipe,
+    area: int | None,  # pixels; None = the pipeline's own
+) -> Iterator[None]:
+    """Inside, a pipeline that scales its sources scales them to at most this area."""
+    if area is None:
+        yield
+        return
+    if not scales_sources(pipe):
+        raise ValueError(
+            f"source_area={area}: {type(pipe).__name__} does not scale pictures to an area; "
+            "leave it out of world.json"
+        )
+    module = sys.modules[type(pipe).__module__]
+    stock = module.calculate_dimensions
+    module.calculate_dimensions = lambda target, ratio: stock(min(target, area), ratio)
+    try:
+        yield
+    finally:
+        module.calculate_dimensions = stock
+
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a00a
 def call_pipeline(
     pipe,
@@ -218,6 +262,7 @@ def call_pipeline(
     height: int | None,  # pixels; None = the pipeline's own
     width: int | None,
     guidance: float,
+    sources: list | None = None,  # of an editing family: the pictures, one per row
     **options,  # further keywords of the pipeline
 ):
     """Call a diffusers pipeline with embeddings instead of prompts; returns images or latents."""
@@ -227,6 +272,8 @@ def call_pipeline(
         options["height"] = height
     if width:
         options["width"] = width
+    if family.sources:
+        options |= family.sources.options(pipe, sources, height, width)
     return pipe(**embeddings, **family.call_options, **options, return_dict=False)[0]
 
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a00c
@@ -238,7 +285,8 @@ def decode_latents(
     width: int | None,
 ) -> torch.Tensor:  # (n, 3, height, width) in [0, 1]
     """Pixels of final latents, by the pipeline's own decoding."""
-    with scheduled(pipe, no_steps()):
+    smallest = 32 * 32 if scales_sources(pipe) else None
+    with scheduled(pipe, no_steps()), source_area(pipe, smallest):
         return call_pipeline(
             pipe,
             embeddings,

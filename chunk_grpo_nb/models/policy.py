@@ -15,6 +15,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% auto #0
+__all__ = ['Policy', 'load_policy', 'Sampler', 'Recording', 'ReplayError', 'check_replay']
+
+# %% ../../nbs/models/11_policy.ipynb #f11dd042
 from chunk_grpo_nb.models.adapters import (
     adapters_off,
     add_lora,
@@ -33,6 +37,7 @@ from chunk_grpo_nb.models.pipelines import (
     load_pipeline,
     parse_device,
     parse_dtype,
+    source_area,
 )
 from chunk_grpo_nb.models.recording import (
     Recording,
@@ -49,10 +54,9 @@ from chunk_grpo_nb.models.replay import (
     replay_velocity,
     sampled_transition,
 )
+from ..prompt_files import Prompt
 from ..sde import Transition
-
-# %% auto #0
-__all__ = ['Policy', 'load_policy', 'Sampler', 'Recording', 'ReplayError', 'check_replay']
+from ..sources import fit_source, source_image
 
 # %% ../../nbs/models/11_policy.ipynb #efa3de93
 _all_ = ["Sampler", "Recording", "ReplayError", "check_replay"]  # looked for here too
@@ -153,6 +157,28 @@ def set_embeddings(self: Policy, prompt: str, embeddings: dict[str, Tensor]) -> 
 
 
 @patch
+def sources_of(
+    self: Policy, prompts: Sequence[str | Prompt], height: int | None, width: int | None
+) -> list | None:
+    """The pictures that the prompts edit, in the size that the model sees.
+
+    None for a text-to-image model. Raises `ValueError` for a prompt without a picture.
+    """
+    if self.family.sources is None:
+        return None
+    plain = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if plain:
+        raise ValueError(
+            f"{type(self.pipe).__name__} edits pictures, and {plain[0][:60]!r} has none: give "
+            'Prompt(text, {"image": path}), or a prompt file with a field "image"'
+        )
+    size = self.family.sources.size(self.pipe, height, width)
+    rows = {id(prompt): prompt for prompt in prompts}  # a group's picture is read once
+    fitted = {key: fit_source(source_image(prompt), *size) for key, prompt in rows.items()}
+    return [fitted[id(prompt)] for prompt in prompts]
+
+
+@patch
 def truncated_prompts(self: Policy, prompts: Sequence[str]) -> list[str]:
     """The prompts that are longer than the text encoder takes, in order, each once."""
     return self.text.truncated(prompts)
@@ -161,7 +187,7 @@ def truncated_prompts(self: Policy, prompts: Sequence[str]) -> list[str]:
 @patch
 def sample(
     self: Policy,
-    prompts: Sequence[str],  # one per image
+    prompts: Sequence[str | Prompt],  # one per image; with a picture for an editing model
     sampler: Sampler,
     init_seeds: Sequence[int],  # of the initial noise, one per image
     noise_seeds: Sequence[int],  # of the SDE noise, one per image, drawn step by step
@@ -174,7 +200,7 @@ def sample(
     if isinstance(prompts, str):
         raise ValueError(f"prompts={prompts[:60]!r}: give a list with one prompt per image")
     prompts, count = list(prompts), len(prompts)
-    size = count if batch is None else batch
+    size = min(count if batch is None else batch, self.family.most_images or count)
     if size < 1 or not count == len(init_seeds) == len(noise_seeds):
         raise ValueError(
             f"{count} prompts, {len(init_seeds)} init_seeds, {len(noise_seeds)} noise_seeds, "
@@ -182,8 +208,8 @@ def sample(
         )
     if keep_calls and count > size:
         raise ValueError(
-            f"batch={batch} for {count} images: a recording with calls is one pipeline call; draw "
-            "the parts one by one, or use keep_calls=False"
+            f"batch={size} for {count} images: a recording with calls is one pipeline call; draw "
+            "the parts one by one (rollout_batch), or use keep_calls=False"
         )
     parts = []
     for start in range(0, count, size):
@@ -196,7 +222,7 @@ def sample(
 @patch
 def sample_once(
     self: Policy,
-    prompts: list[str],
+    prompts: list[str | Prompt],
     sampler: Sampler,
     init_seeds: Sequence[int],
     noise_seeds: Sequence[int],
@@ -208,9 +234,11 @@ def sample_once(
     width = sampler.width or self.world.get("width")
     sampler = replace(sampler, height=height, width=width)
     guided = self.family.is_guided(self.pipe, sampler.guidance(self.pipe))
-    text = self.text.batch(prompts, guided)
+    texts = [prompt if isinstance(prompt, str) else prompt.text for prompt in prompts]
     self.transformer.eval()
     with ExitStack() as stack:
+        stack.enter_context(source_area(self.pipe, self.world.get("source_area")))
+        text = self.text.batch(texts, guided, self.sources_of(prompts, height, width))
 
         def on_step(step: int) -> None:
             if step + 1 == hybrid_steps:
@@ -248,13 +276,12 @@ def decode(
     height, width = height or self.world.get("height"), width or self.world.get("width")
     prompts = prompts or ["no prompt given"] * len(what)
     check_finite(what[:, None], prompts, "the final latents")
-    prompt = next(reversed(self.text.known), "")
     images = []
     with torch.no_grad():
-        for part in what.to(self.device).split(batch):
-            text = self.text.batch([prompt] * len(part), guided=False)
+        for part in what.to(self.device).split(self.family.most_images or batch):
+            embeddings = self.text.filler(len(part))
             part = self.family.to_pipeline(self.pipe, part, height, width)
-            pixels = decode_latents(self.pipe, part, text.embeddings, height, width)
+            pixels = decode_latents(self.pipe, part, embeddings, height, width)
             done = len(images)
             shown = prompts[done : done + len(pixels)]
             check_finite(pixels[:, None], shown, "the pixels of its decoded image", done)

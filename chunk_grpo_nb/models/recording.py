@@ -186,7 +186,7 @@ def record(
 
     def after_step(step: int) -> None:
         if keep_calls:
-            log.end_step(step)
+            log.end_step(step, recorder.state.shape[1])
         on_step(step)
 
     store = store or state_store(None)
@@ -215,6 +215,7 @@ def _draw_latents(pipe, text: TextBatch, sampler: Sampler, init_seeds: Sequence[
         height=sampler.height,
         width=sampler.width,
         guidance=sampler.guidance(pipe),
+        sources=text.sources,
         output_type="latent",
         num_inference_steps=sampler.num_steps,
         generator=seeded_generators(init_seeds),

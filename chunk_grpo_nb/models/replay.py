@@ -51,8 +51,10 @@ def replay_velocity(
     branches = []
     for call in recording.calls:
         arguments = call.arguments(rows, steps, latents, len(recording), family)
-        output = module(**arguments)[0]
-        branches += family.from_output(output).chunk(call.branches)
+        output = family.from_output(module(**arguments)[0])
+        if family.sources:
+            output = output[:, : latents.shape[1]]  # of the source's tokens nothing is asked
+        branches += output.chunk(call.branches)
     return family.combine(branches, recording.guidance).float()
 
 # %% ../../nbs/models/09_replay.ipynb #87e0a006

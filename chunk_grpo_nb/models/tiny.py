@@ -11,8 +11,10 @@ from functools import partial
 
 import torch
 
+from .tiny_vision import vision_language
+
 # %% auto #0
-__all__ = ['TEXT_WIDTH', 'WORDS', 'TINY', 'TINY_SIZE', 'tiny_pipeline', 'tiny_embeddings']
+__all__ = ['TEXT_WIDTH', 'WORDS', 'TINY', 'TINY_SIZE', 'TINY_WORLD', 'tiny_pipeline', 'tiny_embeddings']
 
 # %% ../../nbs/models/12_tiny.ipynb #7e41dad3
 TEXT_WIDTH = 32  # of every tiny text embedding
@@ -94,9 +96,14 @@ def _vae(channels: int, seed: int = 0, **options):
     )
 
 # %% ../../nbs/models/12_tiny.ipynb #9a5015bd
-def _flux(guidance_embeds: bool = True):
-    """FLUX.1 dev, or schnell without guidance embeddings."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def _flux(guidance_embeds: bool = True, kontext: bool = False):
+    """FLUX.1 dev or Kontext, or schnell without guidance embeddings."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        FluxKontextPipeline,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
 
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -113,7 +120,7 @@ def _flux(guidance_embeds: bool = True):
     )
     (clip_tokenizer, clip), (t5_tokenizer, t5) = _clip_text(), _t5_text()
     shift = {"use_dynamic_shifting": True} if guidance_embeds else {}
-    return FluxPipeline(
+    return (FluxKontextPipeline if kontext else FluxPipeline)(
         scheduler=FlowMatchEulerDiscreteScheduler(**shift),
         vae=_vae(1),
         text_encoder=clip,
@@ -203,12 +210,12 @@ def _flux2(klein: bool = False):
     )
 
 # %% ../../nbs/models/12_tiny.ipynb #ae3bd29b
-def _qwen():
-    """Qwen-Image."""
+def _qwen(pipeline: str = "QwenImagePipeline"):
+    """Qwen-Image, or an editing pipeline of that name, which has a text encoder with eyes."""
+    import diffusers
     from diffusers import (
         AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
         QwenImageTransformer2DModel,
     )
 
@@ -233,8 +240,11 @@ def _qwen():
         latents_std=[1.0] * 4,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
-    return QwenImagePipeline(
-        scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
+    text = {"text_encoder": None, "tokenizer": None}
+    if "Edit" in pipeline:
+        text = vision_language(TEXT_WIDTH)
+    return getattr(diffusers, pipeline)(
+        scheduler=scheduler, vae=vae, transformer=transformer, **text
     )
 
 # %% ../../nbs/models/12_tiny.ipynb #e01935e3
@@ -351,10 +361,17 @@ TINY: dict[str, Callable] = {  # name -> builder of a random pipeline
     "z-image": _z_image,
     "sana": _sana,
     "lumina2": _lumina2,
+    "flux-kontext": partial(_flux, kontext=True),
+    "qwen-image-edit": partial(_qwen, "QwenImageEditPipeline"),
+    "qwen-image-edit-plus": partial(_qwen, "QwenImageEditPlusPipeline"),
 }
 
 
 TINY_SIZE = {"sana": 32, "lumina2": 32}  # pixels of a side, where it is not 8
+TINY_WORLD = {  # what `world.json` says of a pipeline that would scale its sources to a megapixel
+    "qwen-image-edit": {"source_area": 32 * 32},
+    "qwen-image-edit-plus": {"source_area": 32 * 32},
+}
 
 
 def tiny_pipeline(name: str = "flux"):
