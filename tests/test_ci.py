@@ -358,3 +358,41 @@ def set_output(kind="stream", **fields):
 )
 def test_unclean_notebooks_are_named(notebook, room, change, message):
     assert any(message in line for line in notebook(change, room)), notebook(change, room)
+
+
+def test_the_browser_part_says_what_it_skips_and_passes(tmp_path, monkeypatch, capsys):
+    """Without Chromium, and with one but without what drives it."""
+    command = [sys.executable, ROOT / "ci/browser.py", "--short"]
+    run = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("skipped: no notebook was opened")
+    assert "apt install chromium" in run.stdout
+    monkeypatch.syspath_prepend(ROOT / "ci")
+    browser = load("browser")
+    executable(tmp_path / "chromium", "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(browser, "BESIDE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["browser.py", "--short"])
+    assert browser.main() == 0
+    assert "bash ci/full browser installs" in capsys.readouterr().out
+
+
+def test_the_browser_part_sees_errors_and_cells_that_did_not_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "ci")
+    wrong_cells = load("browser").wrong_cells
+    error = {"output_type": "error", "ename": "ValueError", "evalue": "no"}
+    fine = {"cell_type": "code", "source": "1", "execution_count": 1, "outputs": []}
+    left = {**fine, "execution_count": None}
+    assert wrong_cells([fine, {"cell_type": "markdown", "source": "text"}]) == []
+    assert wrong_cells([{**fine, "outputs": [error]}, left, left]) == [
+        "error output ValueError: no",
+        "2 of 3 cells did not run",
+    ]
+
+
+def test_widgets_that_are_used_in_the_browser_are_in_notebooks_that_it_opens(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "ci")
+    browser = load("browser")
+    opened = {p.relative_to(ROOT).as_posix() for word in browser.LONG for p in ROOT.glob(word)}
+    assert set(browser.USES) <= opened and set(browser.SHORT) <= set(browser.USES)
+    tutorials = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/tutorials/*.ipynb")}
+    assert tutorials <= opened and "nbs/index.ipynb" in opened

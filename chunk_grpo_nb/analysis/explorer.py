@@ -24,7 +24,7 @@ from chunk_grpo_nb.chunking import (
 from ..objective import implied_step_weights
 
 # %% auto #0
-__all__ = ['RULES', 'cut_curve', 'plot_chunking', 'figure_png', 'chunking_explorer']
+__all__ = ['RULES', 'cut_curve', 'plot_chunking', 'figure_png', 'beside', 'chunking_explorer']
 
 # %% ../../nbs/analysis/19_explorer.ipynb #5dfc64c5
 RULES = ("by hand", "adaptive", "segment", "uniform")
@@ -91,6 +91,22 @@ def figure_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def beside(controls: Sequence, *views):
+    """A widget: controls in a column of their own width, views beside them, or below.
+
+    Nothing is cut off where the page is narrow: views shrink, and wrap below the controls.
+    """
+    import ipywidgets as w
+
+    for control in controls:
+        control.layout.max_width = "100%"
+    for view in views:
+        view.layout.max_width, view.layout.height = "100%", "auto"
+    left = w.VBox([*controls], layout=w.Layout(flex="0 0 310px", overflow="hidden"))
+    right = w.VBox([*views], layout=w.Layout(flex="1 1 340px", max_width="640px", min_width="0"))
+    return w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
+
+# %% ../../nbs/analysis/19_explorer.ipynb #03ecbe16
 def _controls(names: Sequence[str], steps: int) -> dict:
     """The widgets with which the cut is chosen, by name."""
     import ipywidgets as w
@@ -134,7 +150,6 @@ def chunking_explorer(
         return plot_chunking(first, cut_curve(first.reshape(-1, first.shape[-1]).mean(0)))
     controls = _controls(list(curves), first.shape[-1])
     picture, words = w.Image(format="png"), w.HTML()
-    picture.layout.max_width = "640px"
 
     def show(change=None) -> None:
         chosen = {name: control.value for name, control in controls.items()}
@@ -155,4 +170,4 @@ def chunking_explorer(
     for control in controls.values():
         control.observe(show, "value")
     show()
-    return w.HBox([w.VBox([*controls.values(), words]), picture])
+    return beside([*controls.values(), words], picture)

@@ -27,7 +27,7 @@ from .settings import SCHEMA_VERSION
 # %% auto #0
 __all__ = ['file_hash', 'hash_inputs', 'run_manifest', 'writing', 'write_atomically', 'write_json', 'read_json', 'RunFolder',
            'lock_run', 'log_row', 'read_rows', 'last_row', 'drop_rows_after', 'cut_rows', 'count_rows', 'save_table',
-           'read_table', 'image_grid', 'save_images']
+           'read_table', 'image_grid', 'grid_tiles', 'save_images']
 
 # %% ../../nbs/training/03_records.ipynb #e09fc106
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -327,6 +327,17 @@ def image_grid(images: Sequence, columns: int, tile: int = 96, gap: int = 4):
         scaled = image.convert("RGB").resize((tile, tile), method)
         grid.paste(scaled, ((i % columns) * step, (i // columns) * step))
     return grid
+
+
+def grid_tiles(grid, tile: int = 96, gap: int = 4) -> list:
+    """The images of an `image_grid`, row by row, `tile` pixels a side; white ends are left out."""
+    step = tile + gap
+    rows, columns = (grid.height + gap) // step, (grid.width + gap) // step
+    places = [(step * column, step * row) for row in range(rows) for column in range(columns)]
+    tiles = [grid.convert("RGB").crop((x, y, x + tile, y + tile)) for x, y in places]
+    while tiles and all(low == 255 for low, _ in tiles[-1].getextrema()):
+        tiles.pop()
+    return tiles
 
 
 def save_images(run: RunFolder, name: str, images: Sequence, columns: int) -> Path:
