@@ -10,6 +10,7 @@ import pytest
 
 from chunk_grpo_nb.analysis.headline import (
     change_table,
+    clipping_words,
     different_settings,
     gold_words,
     result_lines,
@@ -48,8 +49,8 @@ def test_differences_are_paired_by_prompt(changes):
 def test_units_are_standard_deviations_of_the_base_images(changes):
     twice = changes.assign(scale=2.0)
     units = standard_units(twice, changes)
-    assert units["unit"].tolist() == ["step − base", "chunk − base"]
-    assert units["difference"].tolist() == [0.5, 1.5]
+    assert units["unit"].tolist() == ["step − base", "chunk − base", "chunk − step"]
+    assert units["difference"].tolist() == [0.5, 1.5, 1.0]
 
 
 def test_differences_over_seeds_by_hand():
@@ -104,3 +105,16 @@ def test_a_web_page_carries_the_texts_of_its_pictures(tmp_path):
     page = web_page(file)
     assert 'alt="a curve, &quot;rising&quot;"' in page
     assert 'alt="a figure"' in page
+
+
+@pytest.mark.parametrize(
+    "first, words",
+    [(1e-5, "spreads 30 times as far as the first"), (0.0, "and the first does not")],
+)
+def test_ratios_in_words_where_the_first_has_not_moved(first, words):
+    moved = {"arm": "chunk", "update": 1, "place": "chunk", "clip_low": 0.1, "clip_high": 0.3}
+    table = pd.DataFrame(
+        [moved | {"index": 0, "spread": first}, moved | {"index": 1, "spread": 3e-4}]
+    )
+    (sentence,) = clipping_words(table)
+    assert words in sentence and "clipped low 10%, high 30%" in sentence

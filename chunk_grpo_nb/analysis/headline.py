@@ -30,9 +30,13 @@ def clipping_words(table: pd.DataFrame) -> list[str]:
     for arm, part in moved.groupby("arm", sort=False):
         spread = part.groupby("index")["spread"].mean()
         shares = part.groupby("index")[["clip_low", "clip_high"]].mean().mean()
+        first, last = spread.iloc[0], spread.iloc[-1]
+        wider = (
+            f"{last / first:.0f} times as far as the first" if first else "and the first does not"
+        )
         words.append(
-            f"{arm}: the last ratio spreads {spread.iloc[-1] / spread.iloc[0]:.0f} times as far as "
-            f"the first; clipped low {shares['clip_low']:.0%}, high {shares['clip_high']:.0%}"
+            f"{arm}: the last ratio spreads {wider}; "
+            f"clipped low {shares['clip_low']:.0%}, high {shares['clip_high']:.0%}"
         )
     return words
 
@@ -107,12 +111,11 @@ def standard_units(
     changes: pd.DataFrame,  # of `change_table`
     differences: pd.DataFrame,  # of `change_table`, or of `seed_table`
 ) -> pd.DataFrame:
-    """Changes against the base model in standard deviations of its images, for `plot_intervals`."""
+    """Differences in standard deviations of the base model's images, for `plot_intervals`."""
     scale = changes.groupby("measure")["scale"].first()
-    part = differences[differences["pair"].str.endswith("base")]
-    unit = part["measure"].map(scale)
-    scaled = {name: part[name] / unit for name in ("mean", "low", "high")}
-    found = part[["measure", "pair"]].assign(**scaled)
+    unit = differences["measure"].map(scale)
+    scaled = {name: differences[name] / unit for name in ("mean", "low", "high")}
+    found = differences[["measure", "pair"]].assign(**scaled)
     return found.rename(columns={"pair": "unit", "mean": "difference"}).assign(
         verdict=[verdict(low, high) for low, high in zip(found["low"], found["high"])]
     )
