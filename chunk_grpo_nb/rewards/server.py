@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .registry import Reward, RewardError, RewardUnavailable, make_rewards
-from .scoring import score
+from .scoring import check_reachable, score
 from .remote import decode_image
 
 # %% ../../nbs/rewards/11_server.ipynb #e08a6707
@@ -224,6 +224,23 @@ async def read_json(request, limits: Limits) -> object:
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"not JSON: {str(error)[:200]}") from None
 
+# %% ../../nbs/rewards/11_server.ipynb #5e3f079d
+def _served_name(reward: str) -> str:
+    """How a reward is offered: of module:function the function, of an address its end."""
+    return reward.rstrip("/").rpartition("/" if "://" in reward else ":")[2]
+
+
+def _load_served(rewards: list[str], options: dict[str, dict]) -> dict[str, Reward]:
+    """Name -> reward; those of other servers first, which must answer before anything is loaded."""
+    served = {}
+    for name in sorted(rewards, key=lambda name: "://" not in name):
+        short = _served_name(name)
+        if short in served:
+            raise ValueError(f"two rewards would be served as {short!r}; start a server for each")
+        served |= {short: make_rewards({name: options.get(name, {})})[name]}
+        check_reachable(served[short])
+    return served
+
 # %% ../../nbs/rewards/11_server.ipynb #aa459157
 def serve(
     rewards: list[str],  # names of the registry, or module:function
@@ -236,7 +253,8 @@ def serve(
     """Load these rewards and serve them until interrupted.
 
     Raises `ValueError` for an unknown reward or option, a host that is open to other machines
-    without a token, or a port that cannot be taken.
+    without a token, two rewards of one name, or a port that cannot be taken; `RewardUnavailable`
+    for a reward elsewhere that does not answer.
     """
     _, uvicorn = _need_fastapi()
     token = token or os.environ.get("CHUNK_GRPO_TOKEN")
@@ -246,9 +264,7 @@ def serve(
             "or keep 127.0.0.1 and tunnel by ssh -L"
         )
     _check_port(host, port)
-    options = options or {}
-    loaded = make_rewards({name: options.get(name, {}) for name in rewards})
-    served = {name.rpartition(":")[2]: reward for name, reward in loaded.items()}
+    served = _load_served(rewards, options or {})
     print(f"serving {sorted(served)} at http://{host}:{port}", flush=True)
     uvicorn.run(
         create_app(served, token, limits),
