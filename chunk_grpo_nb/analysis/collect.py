@@ -17,7 +17,8 @@ import yaml
 from ..training.records import RunFolder, read_json, read_rows, read_table
 
 # %% auto #0
-__all__ = ['COLUMNS', 'metrics_table', 'smooth', 'ratio_table', 'SweepRecords', 'collect_sweeps', 'save_records', 'load_records']
+__all__ = ['COLUMNS', 'metrics_table', 'smooth', 'ratio_table', 'SweepRecords', 'collect_sweeps', 'save_records', 'load_records',
+           'join_records']
 
 # %% ../../nbs/analysis/04_collect.ipynb #9b2b1f0b
 def _with_progress(rows: pd.DataFrame) -> pd.DataFrame:
@@ -370,3 +371,68 @@ def load_records(
             "(sweep.json); run chunk-grpo sweep FILE, or name its results folder"
         )
     return collect_sweeps(sweeps)
+
+# %% ../../nbs/analysis/04_collect.ipynb #c56da11e
+def _joined_manifest(manifests: Sequence[dict], tolerance: float, largest: float) -> dict:
+    "The manifests of several records as one; what they share is the first one's."
+    commits: dict[str, dict] = {}
+    for manifest in manifests:
+        for commit, entry in manifest["git_commits"].items():
+            known = commits.setdefault(commit, {"arms": [], "dirty": False})
+            known["arms"] = sorted({*known["arms"], *entry["arms"]})
+            known["dirty"] |= entry["dirty"]
+    seconds = [manifest["trial_seconds"] for manifest in manifests]
+    return manifests[0] | {
+        "sweeps": list(dict.fromkeys(name for m in manifests for name in m["sweeps"])),
+        "trials": sum(m["trials"] for m in manifests),
+        "repeats": sum(m["repeats"] for m in manifests),
+        "trial_seconds": {
+            "sum": sum(s["sum"] for s in seconds),
+            "largest": max(s["largest"] for s in seconds),
+        },
+        "git_commits": commits,
+        "repeated_trials": [row for m in manifests for row in m["repeated_trials"]],
+        "joined": {"parts": len(manifests), "tolerance": tolerance, "base_difference": largest},
+    }
+
+# %% ../../nbs/analysis/04_collect.ipynb #0752bbbf
+def _test_rows_of_base(records: SweepRecords) -> pd.DataFrame:
+    "What the model before training scored on every test prompt."
+    rows = records.rows
+    return rows[(rows["arm"] == "base") & (rows["part"] == "test")]
+
+
+def join_records(
+    parts: Sequence[SweepRecords],  # of other arms or other seeds each
+    tolerance: float = 1e-3,  # of the model before training, per prompt and measure
+) -> SweepRecords:
+    """One set of records from several; the rows of the model before training are the first part's.
+
+    `ValueError` for versions or hashes that differ, an arm and seed that two parts hold, and a
+    model before training that scores differently by more than `tolerance`.
+    """
+    first, seen, largest = parts[0], set(), 0.0
+    rows = [first.rows[first.rows["arm"] == "base"]]
+    for number, part in enumerate(parts):
+        for what in ("versions", "hashes"):
+            if part.manifest[what] != first.manifest[what]:
+                raise ValueError(f"part {number}: {what} differ from part 0; they cannot be joined")
+        largest = max(
+            largest,
+            _distance(_test_rows_of_base(first), _test_rows_of_base(part), Path(f"part {number}")),
+        )
+        trained = part.rows[part.rows["arm"] != "base"]
+        own = set(zip(trained["arm"], trained["seed"]))
+        if twice := own & seen:
+            arm, seed = min(twice)
+            raise ValueError(f"part {number}: arm {arm!r}, seed {seed} is in an earlier part too")
+        seen |= own
+        rows.append(trained)
+    if largest > tolerance:
+        raise ValueError(
+            f"the model before training scores differently by up to {largest:.2g} in these "
+            f"parts; {tolerance:g} is allowed"
+        )
+    manifest = _joined_manifest([part.manifest for part in parts], tolerance, largest)
+    pictures = {arm: path for part in reversed(parts) for arm, path in part.pictures.items()}
+    return SweepRecords(pd.concat(rows, ignore_index=True), manifest, pictures)
