@@ -1,12 +1,15 @@
 """Write what README.md, the index and the result pages take from records and notebooks.
 
-python ci/readme.py          rewrite README.md, nbs/index.ipynb and the pages in data/results
+python ci/readme.py          rewrite README.md, nbs/index.ipynb and the pages in data/results;
+                             badges and cells for Colab (see colab.py)
 python ci/readme.py --check  exit 1 if one of them is out of date
 """
 
 import json
 import sys
+from pathlib import Path
 
+from colab import colab_notebooks, settings, with_colab
 from migration_page import PAGE as MIGRATION_PAGE
 from migration_page import migration_page
 from reading_order import index_map, readme_map, unlisted
@@ -22,7 +25,6 @@ from result_pages import (
 )
 
 README = ROOT / "README.md"
-INDEX = ROOT / "nbs" / "index.ipynb"
 ABLATION_PAGE = RESULTS / "ablation" / "README.md"
 HEADLINE_PAGE = RESULTS / "headline" / "README.md"
 
@@ -55,9 +57,9 @@ def rendered_readme() -> str:
     return text
 
 
-def rendered_index() -> str:
-    """The index notebook with its map made anew."""
-    notebook = read_json(INDEX)
+def rendered_notebook(path: Path) -> str:
+    """Index or tutorial with the map made anew, and what Colab needs."""
+    notebook = with_colab(read_json(path), path, settings()["repository"])
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if "<!-- map:" in source:
@@ -72,7 +74,7 @@ def main() -> None:
         sys.exit(f"not in the reading order: {names}; add them to ci/reading_order.py")
     texts = {
         README: rendered_readme(),
-        INDEX: rendered_index(),
+        **{path: rendered_notebook(path) for path in colab_notebooks()},
         ABLATION_PAGE: ablation_page(),
         HEADLINE_PAGE: headline_page(),
         MIGRATION_PAGE: migration_page(),

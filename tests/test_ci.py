@@ -396,3 +396,67 @@ def test_widgets_that_are_used_in_the_browser_are_in_notebooks_that_it_opens(mon
     assert set(browser.USES) <= opened and set(browser.SHORT) <= set(browser.USES)
     tutorials = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/tutorials/*.ipynb")}
     assert tutorials <= opened and "nbs/index.ipynb" in opened
+
+
+ADDRESS = "https://github.com/someone/somewhere"
+
+
+def test_badges_for_colab_come_from_the_address_and_go_with_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "ci")
+    colab = load("colab")
+    for path in colab.colab_notebooks():
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        made = colab.with_colab(notebook, path, ADDRESS)
+        title = "".join(made["cells"][0]["source"]).split("\n\n")
+        inside = f"someone/somewhere/blob/main/{path.relative_to(ROOT).as_posix()})"
+        assert title[0].startswith("# ") and title[1].startswith("> ")
+        assert title[2].startswith("[![Open in Colab](") and title[2].endswith(inside)
+        nbformat.validate(nbformat.from_dict(made))
+        assert colab.with_colab(made, path, ADDRESS) == made
+        plain = colab.with_colab(made, path, "")
+        assert plain == colab.with_colab(notebook, path, "")
+        address = colab.settings()["repository"]
+        assert notebook == colab.with_colab(notebook, path, address), "run python ci/readme.py"
+
+
+def test_the_installing_cell_acts_in_colab_and_nowhere_else(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "ci")
+    colab = load("colab")
+    path = ROOT / "nbs/tutorials/08_sweep.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    source = "".join(colab.with_colab(notebook, path, ADDRESS)["cells"][1]["source"])
+    done = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: done.append(command))
+    monkeypatch.setattr(os, "chdir", done.append)
+    exec(source, {})
+    assert done == []
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    exec(source, {})
+    clone, install, folder = done
+    assert clone[:2] == ["git", "clone"] and clone[-2:] == [ADDRESS, "/content/chunk_grpo_nb"]
+    assert install[1:4] == ["-m", "pip", "install"] and install[-1] == f"{clone[-1]}[notebooks]"
+    assert folder == "/content/chunk_grpo_nb/nbs/tutorials"
+    assert len(source.splitlines()) <= 12 and "%" not in source
+
+
+def test_the_containers_name_what_is_there():
+    """Files, extras and scripts; and nothing heavy or private goes into the image."""
+    import configparser
+
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    extras = re.search(r"^ARG EXTRAS=(\S+)$", text, re.M)[1].split(",")
+    parser = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    assert all(f"{extra}_requirements" in parser["DEFAULT"] for extra in extras)
+    for file in re.findall(r"(?:data|ci)/[\w./]+\.(?:yaml|txt)", text):
+        assert (ROOT / file).is_file(), file
+    least = re.search(r"^FROM python:3\.(\d+)-", text, re.M)[1]
+    assert parser["DEFAULT"]["min_python"] == f"3.{least}"
+    left_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    kept_out_of_git = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert {name.removeprefix("**/") for name in left_out} >= set(kept_out_of_git)
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    assert f"python:3.{least}" in container["image"]
+    script, part = container["postCreateCommand"].removeprefix("bash ").split()
+    assert f"part_{part}()" in (ROOT / script).read_text(encoding="utf-8")
+    assert "chromium" in container["onCreateCommand"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -489,3 +491,39 @@ def test_a_signal_saves_and_says_how_to_go_on(home, capsys, monkeypatch, number)
     assert main([*words, "--resume"]) == 0, "the run knows its settings"
     assert main([*words, "--resume-from", str(out / "checkpoints/none.pt")]) == 2
     assert "none.pt is not among the finished checkpoints" in capsys.readouterr().err
+
+
+COMPLETE = """
+eval "$(register-python-argcomplete chunk-grpo)"
+COMP_LINE="$1" COMP_POINT=${#1} COMP_TYPE=9
+read -ra COMP_WORDS <<<"$1"
+case "$1" in *" ") COMP_WORDS+=("");; esac
+COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+_python_argcomplete chunk-grpo
+printf "%s\n" "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("chunk-grpo tr", ["train"]),
+        ("chunk-grpo train --re", ["--resume", "--resume-from"]),
+        ("chunk-grpo train --out x -p clip_", ["clip_low", "clip_high"]),
+        ("chunk-grpo train -p sde ", ["flow", "dance", "cps"]),
+        ("chunk-grpo run nb.ipynb out.ipynb -p ro", ["rounds"]),
+        ("chunk-grpo run n", ["nb.ipynb"]),
+    ],
+)
+def test_the_shell_completes_commands_settings_and_parameters(line, words, tmp_path):
+    cell = nbformat.v4.new_code_cell(
+        "rounds: int = 1  # how many", metadata={"tags": ["parameters"]}
+    )
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "nb.ipynb")
+    place = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-c", COMPLETE, "complete", line]
+    run = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": place}, capture_output=True, text=True
+    )
+    assert [word.strip() for word in run.stdout.split()] == words, run.stderr

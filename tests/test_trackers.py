@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 from tiny_runs import make_folder, tiny_config
 
+from chunk_grpo_nb.training.callbacks import tracker_options
 from chunk_grpo_nb.training.records import read_rows
 from chunk_grpo_nb.training.trainer import train
 
@@ -36,17 +37,29 @@ def test_tensorboard_has_numbers_pictures_and_settings(pipes, tmp_path):
     assert "clip_low: 0.1" in settings
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", "trackio", "swanlab"])
 def test_other_trackers_write_to_this_machine(name, pipes, tmp_path, monkeypatch):
+    for variable in ("WANDB_MODE", "SWANLAB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip(name)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run = train(tiny_config(pipes, track=name, validate_every=1, iterations=1), tmp_path / "run")
-    written = {"wandb": run.path / "wandb", "trackio": tmp_path / "trackio"}[name]
+    places = {"wandb": "run/wandb", "trackio": "trackio", "swanlab": "run"}
+    written = tmp_path / places[name]
     files = [path for path in written.rglob("*") if path.is_file()]
+    files = [path for path in files if path.parent != run.path / "samples"]  # the run's own
     assert any(path.suffix == ".png" for path in files), "no picture arrived"
     if name == "wandb":
         assert list(written.glob("offline-run-*"))
+
+
+def test_swanlab_without_its_dashboard_writes_files_only(monkeypatch, tmp_path):
+    """Its mode "local" wants a package of its own; without it the mode is "offline"."""
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    for there, mode in ((None, "offline"), (object(), "local")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=there: found)
+        options = tracker_options("swanlab", tmp_path)
+        assert options == {"swanlab": {"logdir": str(tmp_path), "mode": mode}}
 
 
 def test_a_tracker_that_is_not_installed_is_refused(pipes, tmp_path, monkeypatch):

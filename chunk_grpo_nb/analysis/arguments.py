@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['parameter_values', 'at_least_0', 'at_least_1', 'new_file', 'add_parameter_argument']
+__all__ = ['parameter_values', 'at_least_0', 'at_least_1', 'new_file', 'complete_parameter', 'add_parameter_argument']
 
 # %% ../../nbs/analysis/15_arguments.ipynb #81587ceb
 def parameter_values(pairs: Sequence[Sequence[str]] | None) -> dict:
@@ -60,10 +61,42 @@ def new_file(path: str | Path, *suffixes: str) -> Path:
         raise FileExistsError(f"{path} exists; choose another name")
     return path
 
+# %% ../../nbs/analysis/15_arguments.ipynb #9d20ba5d
+def _word_before() -> str:
+    """The last whole word of the command line that a shell wants completed."""
+    line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", 0))]
+    return next((word for word in reversed(line.split(" ")[:-1]) if word), "")
+
+
+def _setting_values() -> dict[str, list[str]]:
+    """Name of every setting -> the values that it may take, where they are few."""
+    from chunk_grpo_nb.training.config import settings_table
+
+    values = {}
+    for row in settings_table():
+        words = ["true", "false"] if row["default"] in ("True", "False") else []
+        allowed = row["allowed"].split(", ")  # names, or bounds such as "at least 0"
+        names = [name for name in allowed if name and " " not in name and name != "None"]
+        values[row["setting"]] = words or names
+    return values
+
+
+def complete_parameter(prefix: str, parsed_args: argparse.Namespace, **_) -> list[str]:
+    """What may stand after `-p`, for a shell: names; after a name, the values it may take."""
+    if notebook := getattr(parsed_args, "notebook", None):
+        from chunk_grpo_nb.analysis.notebooks import notebook_parameters
+
+        known = dict.fromkeys(notebook_parameters(notebook), ())
+    else:
+        known = _setting_values()
+    before = _word_before()
+    fitting = known if before in ("-p", "--parameter") else known.get(before, ())
+    return [word for word in fitting if word.startswith(prefix)]
+
 # %% ../../nbs/analysis/15_arguments.ipynb #58821534
 def add_parameter_argument(p: argparse.ArgumentParser, what: str) -> None:
     """`-p NAME VALUE`, which may be repeated; `what` says what is set."""
-    p.add_argument(
+    action = p.add_argument(
         "-p",
         "--parameter",
         nargs=2,
@@ -71,3 +104,4 @@ def add_parameter_argument(p: argparse.ArgumentParser, what: str) -> None:
         metavar=("NAME", "VALUE"),
         help=f"{what}; may be repeated; VALUE is YAML (write 1.0e-5, not 1e-5)",
     )
+    action.completer = complete_parameter  # for argcomplete

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -102,6 +103,14 @@ def _line(error: Exception) -> str:
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return printable(str(message) or type(error).__name__)
 
+# %% ../../nbs/analysis/18_cli.ipynb #7c31a0e2
+def _answer_shell(parser: argparse.ArgumentParser) -> None:
+    """If a shell asks how a line may go on, and argcomplete is installed: say it, and exit."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
 
 def main(
     words: Sequence[str] | None = None,  # the command line; None = sys.argv
@@ -111,7 +120,9 @@ def main(
     0; 1 if trials of a sweep failed or a plan does not fit; 2 for a mistake in the input, a full
     memory or numbers that are not finite; 130 after Ctrl-C, 143 after SIGTERM.
     """
-    arguments = make_parser().parse_args(words)
+    parser = make_parser()
+    _answer_shell(parser)
+    arguments = parser.parse_args(words)
     command = f"chunk-grpo {arguments.command}"
     try:
         return arguments.function(arguments) or 0

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/11_callbacks.ipynb #ae1ab6c6
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import warnings
@@ -295,9 +296,11 @@ def tracker_options(
     folder: Path,  # of the run
 ) -> dict:
     """What a tracker is opened with, so that it writes to this machine: its own keywords."""
+    board = importlib.util.find_spec("swanboard")  # of pip install 'swanlab[dashboard]'
+    swanlab_mode = "local" if board else "offline"
     own = {
         "wandb": {"dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline")},
-        "swanlab": {"logdir": str(folder), "mode": os.environ.get("SWANLAB_MODE", "local")},
+        "swanlab": {"logdir": str(folder), "mode": os.environ.get("SWANLAB_MODE", swanlab_mode)},
     }
     return {name: own[name]} if name in own else {}
 
