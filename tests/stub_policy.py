@@ -13,7 +13,7 @@ class StubPolicy:
         self.batches: list[list[str]] = []
 
     def sample(self, prompts, sampler, initial, noise, keep_calls=True, hybrid_steps=None):
-        self.batches.append(list(prompts))
+        self.batches.append([prompt.text for prompt in prompts])
         rows = []
         for first, second in zip(initial, noise, strict=True):
             generator = torch.Generator().manual_seed(first ^ second)

@@ -121,9 +121,9 @@ class LiveView(Callback):
         """The watched images of now; their mean score joins the curve."""
         numbers = list(range(len(self.prompts)))
         seeds = group_seeds(self.seed, "live", numbers, [0] * len(numbers))
-        texts = [prompt.text for prompt in self.prompts]
+
         sampler = trainer.evaluation_sampler
-        recording = trainer.policy.sample(texts, sampler, *seeds, keep_calls=False)
+        recording = trainer.policy.sample(self.prompts, sampler, *seeds, keep_calls=False)
         images = trainer.policy.decode(recording)
         score = self.score_images(images, self.prompts)[self.name].mean()
         self.curve.append((iteration, float(score)))

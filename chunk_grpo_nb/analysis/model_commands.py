@@ -123,10 +123,13 @@ def _evaluate(a: argparse.Namespace) -> None:
     from chunk_grpo_nb.prompts import load_prompts
     from chunk_grpo_nb.rewards.registry import make_rewards
     from chunk_grpo_nb.rewards.scoring import check_reachable
+    from chunk_grpo_nb.sources import check_sources
     from chunk_grpo_nb.training.evaluation import evaluate
     from chunk_grpo_nb.training.rollout import scorer
 
     prompts = load_prompts(a.prompts, limit=a.limit)
+    if _edits(a.model):
+        check_sources(prompts)
     rewards = make_rewards({name: {} for name in a.rewards.split(",")})
     score = scorer(rewards)
     changes = {"num_steps": a.steps, "guidance_scale": a.guidance}
@@ -175,8 +178,38 @@ def add_evaluate(add) -> None:
     )
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #e681f455
+def _edits(source: str | Path) -> bool:
+    "Whether a model, or that of a run, edits pictures; known without loading it."
+    from chunk_grpo_nb.models.pipelines import model_family
+
+    family = model_family(_settings_of(source)[0].policy.model)
+    return family is not None and family.sources is not None
+
+
+def _asked(model: str, texts: list[str], images: list[str]) -> list:
+    "What is drawn: texts, or for an editing model prompts with their pictures."
+    from chunk_grpo_nb.prompts import Prompt
+    from chunk_grpo_nb.sources import check_sources
+
+    edits = _edits(model)
+    if not edits and images:
+        raise ValueError(f"--image {images[0]}: {model} does not edit pictures; leave it out")
+    if edits and len(images) not in (1, len(texts)):
+        raise ValueError(
+            f"{model} edits pictures: give --image once, or once for each of the {len(texts)} "
+            f"prompts, not {len(images)} times"
+        )
+    if not edits:
+        return texts
+    pairs = zip(texts, images * (len(texts) // len(images)), strict=True)
+    prompts = [Prompt(text, {"image": image}, f"--image {image}") for text, image in pairs]
+    check_sources(prompts)
+    return prompts
+
+# %% ../../nbs/analysis/16_model_commands.ipynb #aa03493a
 def _sample(a: argparse.Namespace) -> None:
     out = new_file(a.out, ".png", ".jpg")
+    asked = _asked(a.model, a.prompt, a.image or [])
     changes = {"num_steps": a.steps, "guidance_scale": a.guidance}
     policy, sampler = open_policy(a.model, a.device, a.base, **changes)
     import torch
@@ -191,7 +224,7 @@ def _sample(a: argparse.Namespace) -> None:
         prompts, images = zip(*places[start : start + batch], strict=True)
         seeds = group_seeds(a.seed, 0, prompts, images)
         with torch.no_grad():
-            drawn = policy.sample([a.prompt[p] for p in prompts], sampler, *seeds, **options)
+            drawn = policy.sample([asked[p] for p in prompts], sampler, *seeds, **options)
             pictures += policy.decode(drawn)
     out.parent.mkdir(parents=True, exist_ok=True)
     image_grid(pictures, columns=a.images, tile=max(96, *pictures[0].size)).save(out)
@@ -209,6 +242,11 @@ def add_sample(add) -> None:
     p.add_argument("model", help=_MODEL)
     add_model_arguments(p)
     p.add_argument("prompt", nargs="+", help="one or more prompts, a row of images each")
+    p.add_argument(
+        "--image",
+        action="append",
+        help="of an editing model: the picture to edit, for all prompts or once for each",
+    )
     p.add_argument("--images", type=at_least_1, default=4, help="per prompt (default: %(default)s)")
     p.add_argument("--out", required=True, help="picture to write: .png or .jpg")
 
@@ -231,6 +269,8 @@ def _benchmark(a: argparse.Namespace) -> None:
     from chunk_grpo_nb.rewards.benchmarks import policy_generator, run_benchmark
     from chunk_grpo_nb.rewards.registry import make_reward
 
+    if _edits(a.model):
+        raise ValueError(f"{a.model} edits pictures; {a.benchmark} asks for new ones")
     if a.score and a.benchmark != "geneval":
         raise ValueError(f"{a.benchmark} cannot be scored here; leave --score out")
     prompts = load_prompts(a.prompts, limit=a.limit)

@@ -60,12 +60,14 @@ def register_reward(
 def reward_function(
     name: str,  # what configs call it
     whole_group: bool = False,  # it compares all images of a prompt, and sees them at once
+    needs_source: bool = False,  # it sees the picture that was edited, as metadata["source"]
 ) -> Callable:
     """Decorator: register the reward `(images, prompts, metadata, **options) -> scores` itself."""
 
     def register(function: Reward) -> Reward:
         function.name = name
         function.whole_group = whole_group
+        function.needs_source = needs_source
 
         def factory(**options) -> Reward:
             return functools.partial(function, **options) if options else function

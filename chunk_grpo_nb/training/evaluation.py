@@ -93,7 +93,7 @@ def evaluate(
         chosen = [prompts[p] for p, _ in part]
         seeds = group_seeds(seed, "evaluation", [p for p, _ in part], [g for _, g in part])
         options = {"keep_calls": False, "hybrid_steps": hybrid_steps}
-        recording = policy.sample([p.text for p in chosen], sampler, *seeds, **options)
+        recording = policy.sample(chosen, sampler, *seeds, **options)
         images = policy.decode(recording)
         waiting += zip(images, part, strict=True)
         count = complete_images(score_images, len(waiting), images_per_prompt)

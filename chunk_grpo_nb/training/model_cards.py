@@ -43,6 +43,18 @@ def _load_lines(config: Config, pipe) -> list[str]:
     ]
 
 # %% ../../nbs/training/15_model_cards.ipynb #cad6955a
+def _source_lines(pipe, options: dict) -> list[str]:
+    """Statements that read the picture to edit; the keywords of its size join `options`."""
+    sources, size = family_of(pipe).sources, (options["height"], options["width"])
+    rows, columns = sources.size(pipe, *size)
+    own = sources.options(pipe, None, *size)
+    options |= {name: value for name, value in own.items() if name != "image"}
+    return [
+        'source = load_image("picture.png")  # the picture to edit',
+        f"source = ImageOps.fit(source, ({columns}, {rows}), Image.Resampling.LANCZOS)",
+    ]
+
+
 def _draw_lines(config: Config, pipe, prompt: str) -> list[str]:
     """Statements that draw an image of `prompt` as the run's validation does."""
     sampling, world = config.sampling, _world(config)
@@ -63,18 +75,22 @@ def _draw_lines(config: Config, pipe, prompt: str) -> list[str]:
             f"    pipe.scheduler.config, {changes}",
             ")",
         ]
+    asked = [f"    {prompt!r},"]
+    if family_of(pipe).sources:
+        lines += _source_lines(pipe, options)
+        asked = ["    image=source,", f"    prompt={prompt!r},"]
     given = [f"    {name}={value}," for name, value in options.items() if value is not None]
     return [
         *lines,
         "image = pipe(",
-        f"    {prompt!r},",
+        *asked,
         *given,
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
         'image.save("image.png")',
     ]
 
-
+# %% ../../nbs/training/15_model_cards.ipynb #88c6cee9
 def _world(config: Config) -> dict:
     """Sizes that the base model was trained for, {} where it does not say."""
     return read_world(pipeline_folder(config.policy.model))
@@ -90,6 +106,8 @@ def loading_code(
     if config.sampling.shift is not None:
         names.insert(0, "FlowMatchEulerDiscreteScheduler")
     imports = ["import torch", f"from diffusers import {', '.join(sorted(names))}"]
+    if family_of(pipe).sources:
+        imports += ["from diffusers.utils import load_image", "from PIL import Image, ImageOps"]
     return "\n".join([*imports, *_load_lines(config, pipe), *_draw_lines(config, pipe, prompt)])
 
 # %% ../../nbs/training/15_model_cards.ipynb #674cf0d8

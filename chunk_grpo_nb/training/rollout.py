@@ -16,7 +16,7 @@ import torch
 from ..dynamics import relative_distance
 from ..models.continuation import finish
 from ..prompts import Prompt
-from ..rewards.scoring import needs_whole_group, score
+from ..rewards.scoring import needs_source, needs_whole_group, score, with_sources
 
 # %% auto #0
 __all__ = ['derive_seed', 'derive_generator', 'Seeds', 'group_seeds', 'Place', 'Rollout', 'scorer', 'complete_images',
@@ -108,11 +108,12 @@ def scorer(rewards: Mapping[str, Callable], on_failure: str = "raise") -> Callab
         images: Sequence, prompts: Sequence[Prompt], group_ids: Sequence[int] | None = None
     ) -> dict[str, torch.Tensor]:
         texts = [p.text for p in prompts]
-        metadata = [p.metadata for p in prompts]
+        asked = any(map(needs_source, rewards.values()))
+        seen = {False: [p.metadata for p in prompts], True: with_sources(prompts) if asked else []}
         options = {"on_failure": on_failure, "group_ids": group_ids}
         with torch.no_grad():
             return {
-                name: score(reward, images, texts, metadata, **options)
+                name: score(reward, images, texts, seen[needs_source(reward)], **options)
                 for name, reward in rewards.items()
             }
 
@@ -215,8 +216,7 @@ def draw_rollout(
     with BackgroundScorer(score_images, group_size) as background:
         for start in range(0, len(samples), size):
             part = slice(start, start + size)
-            texts = [p.text for p in chosen[part]]
-            recording = policy.sample(texts, sampler, seeds.initial[part], seeds.noise[part])
+            recording = policy.sample(chosen[part], sampler, seeds.initial[part], seeds.noise[part])
             drawn = policy.decode(recording)
             background.submit(drawn, chosen[part], slots[part] if whole else None)
             recordings.append(recording)

@@ -15,11 +15,13 @@ import torch
 from fastcore.basics import patch
 
 from ..chunking import make_chunker
+from ..models.pipelines import model_family
 from ..models.policy import Policy, load_policy
 from ..models.sampler import Sampler, window_steps
-from ..prompts import load_prompts, packaged_prompts
+from ..prompts import Prompt, load_prompts, packaged_prompts
 from ..rewards.registry import make_rewards, reward_recipe
 from ..rewards.scoring import check_reachable
+from ..sources import check_sources
 from .backends import make_backend
 from .callbacks import Callback, make_callbacks
 from .config import Config
@@ -117,6 +119,27 @@ def input_files(config: Config, model: str | Path) -> dict[str, str | Path]:
     return {"model": model, **files}
 
 # %% ../../nbs/training/12_state.ipynb #99f84efb
+def check_pictures(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Refuse what an editing model could not draw, before it is loaded.
+
+    Raises `PromptError` for a prompt without a readable picture, `ValueError` for a number of
+    images that its pipeline does not draw in one call. Text-to-image models pass.
+    """
+    family = model_family(config.policy.model)
+    if family is None or family.sources is None:
+        return
+    check_sources(prompts)
+    if config.run.validate_every:
+        limit = config.run.validation_images
+        check_sources(load_prompts(config.data.validation_prompts, limit=limit))
+    most, batch = family.most_images, config.sampling.rollout_batch
+    if most and not 0 < batch <= most:
+        raise ValueError(
+            f"config: rollout_batch = {batch}: one call of {family.name}'s pipeline draws {most} "
+            f"image: set rollout_batch to {most}"
+        )
+
+
 def _warn_of_guidance(trainer: Trainer) -> None:
     """Say what it means that training has no guidance, where evaluation has some."""
     pipe, is_guided = trainer.policy.pipe, trainer.policy.family.is_guided
@@ -149,6 +172,7 @@ class Trainer:
         self.config = config
         self.allow_changed_inputs = allow_changed_inputs
         self.prompts = load_prompts(config.data.train_prompts)
+        check_pictures(config, self.prompts)
         self.callbacks = make_callbacks(config, tuple(callbacks))
         self.chunker = make_chunker(config.objective.chunker)
         self.evaluation_sampler = evaluation_sampler(config)
