@@ -20,12 +20,17 @@ __all__ = ['READERS', 'Prompt', 'PromptError', 'prompt_from', 'read_text', 'read
 # %% ../nbs/data/03_prompt_files.ipynb #3d7eb0fb
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: the `text` the model reads, and `metadata`, which only the reward reads."""
+    """One prompt: the `text` the model reads, and `metadata` (it reads `negative_prompt`)."""
 
     text: str  # never empty, no surrounding blanks
     metadata: dict = field(default_factory=dict)  # e.g. GenEval's {"tag": "counting", ...}
     place: str = field(default="", compare=False, repr=False)  # file and line, for errors
     folder: Path | None = field(default=None, compare=False, repr=False)  # of that file
+
+    @property
+    def negative(self) -> str | None:
+        """What guidance leads away from, the field `negative_prompt`; None: the pipeline's own."""
+        return (self.metadata.get("negative_prompt") or "").strip() or None
 
 # %% ../nbs/data/03_prompt_files.ipynb #bc3f9b02
 class PromptError(ValueError):
@@ -76,6 +81,11 @@ def prompt_from(record: object, place: str) -> Prompt:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise PromptError(f"{place}: the prompt {excerpt(text)} holds half a surrogate pair")
     metadata = {key: value for key, value in record.items() if key != name}
+    if not isinstance(metadata.get("negative_prompt"), str | None):
+        shown = excerpt(metadata["negative_prompt"])
+        raise PromptError(
+            f"{place}: the negative_prompt is {shown}; expected text, or leave it out"
+        )
     return Prompt(text.strip(), _without_nulls(metadata), place)
 
 # %% ../nbs/data/03_prompt_files.ipynb #4239974d

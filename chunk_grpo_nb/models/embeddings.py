@@ -41,26 +41,35 @@ class TextBatch:
     sources: list[Image.Image] | None = None  # of an editing model, one per image
 
 
-PromptKey = str | tuple[str, str]  # a text, or a text and its picture's digest
+PromptKey = str | tuple  # a text, a text and its picture's digest, or either and a negative prompt
 
 
-def prompt_keys(prompts: Sequence[str], sources: Sequence | None = None) -> list[PromptKey]:
+def prompt_keys(
+    prompts: Sequence[str],
+    sources: Sequence | None = None,
+    negatives: Sequence[str | None] | None = None,  # None: the pipeline's own
+) -> list[PromptKey]:
     """What the embeddings of each row are kept under."""
-    if sources is None:
-        return list(prompts)
-    digests = {id(image): source_key(image) for image in sources}
-    return [(text, digests[id(image)]) for text, image in zip(prompts, sources, strict=True)]
+    keys = list(prompts)
+    if sources is not None:
+        digests = {id(image): source_key(image) for image in sources}
+        keys = [(text, digests[id(image)]) for text, image in zip(keys, sources, strict=True)]
+    if negatives is None:
+        return keys
+    pairs = zip(keys, negatives, strict=True)
+    return [key if negative is None else (key, negative) for key, negative in pairs]
 
-
+# %% ../../nbs/models/05_embeddings.ipynb #f5287eb6
 def text_batch(
     prompts: Sequence[str],  # one per image
     known: dict[PromptKey, dict[str, Tensor]],  # -> {keyword: tensor without batch dimension}
     family: Family,
     device: torch.device | str = "cpu",
     sources: Sequence | None = None,  # of an editing model: the pictures, one per image
+    negatives: Sequence[str | None] | None = None,  # negative prompts, one per image
 ) -> TextBatch:
     """Make a batch of embeddings: collated once per distinct prompt, then repeated."""
-    keys = prompt_keys(prompts, sources)
+    keys = prompt_keys(prompts, sources, negatives)
     distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     rows = []
     for key in distinct:
@@ -92,7 +101,12 @@ def encoders_on_device(pipe) -> Iterator[None]:
 
 @torch.no_grad()
 def encode_one(
-    pipe, prompt: str, guided: bool, limit: int, source: Image.Image | None = None
+    pipe,
+    prompt: str,
+    guided: bool,
+    limit: int,
+    source: Image.Image | None = None,
+    negative: str | None = None,  # of the unconditional branch; None: the pipeline's own
 ) -> dict[str, Tensor]:  # keyword -> tensor without batch dimension
     """Embeddings of one prompt, with its picture where that is read, in the transformer's dtype.
 
@@ -100,7 +114,8 @@ def encode_one(
     """
     family = family_of(pipe)
     read = [[source]] if family.sources and family.sources.read else []
-    rows = family.encode(pipe, [prompt], guided, limit, *read)
+    options = {} if negative is None else {"negative": negative}
+    rows = family.encode(pipe, [prompt], guided, limit, *read, **options)
     dtype = pipe.transformer.dtype
     found = {}
     for name, values in rows.items():
@@ -108,11 +123,11 @@ def encode_one(
         found[name] = row.to(dtype if row.is_floating_point() else row.dtype).clone()
     return found
 
-# %% ../../nbs/models/05_embeddings.ipynb #0ba8488c
+# %% ../../nbs/models/05_embeddings.ipynb #579ada55
 def _is_negative(name: str) -> bool:
     return name.startswith("negative_")
 
-
+# %% ../../nbs/models/05_embeddings.ipynb #0ba8488c
 class PromptCache:
     """Embeddings of prompts for one pipeline, the most recently used `size` of them."""
 
@@ -131,44 +146,53 @@ class PromptCache:
             self.known.popitem(last=False)
 
     def encode(
-        self, prompts: Sequence[str], guided: bool, sources: Sequence | None = None
+        self,
+        prompts: Sequence[str],
+        guided: bool,
+        sources: Sequence | None = None,
+        negatives: Sequence[str | None] | None = None,
     ) -> dict[PromptKey, dict[str, Tensor]]:
         """Embeddings of every distinct prompt, however many; those not known are encoded.
 
         `guided` asks for the negative prompt too; `sources` are the pictures of an editing model.
         """
-        keys, pictures = prompt_keys(prompts, sources), sources or [None] * len(prompts)
+        keys, none = prompt_keys(prompts, sources, negatives), [None] * len(prompts)
         found, missing = {}, {}
-        for key, *row in zip(keys, prompts, pictures, strict=True):
+        for key, *row in zip(keys, prompts, sources or none, negatives or none, strict=True):
             known = self.known.get(key)
             if known is None or guided and not any(map(_is_negative, known)):
                 missing.setdefault(key, row)
             else:
                 found[key] = known
         if missing and tokenizer_of(self.pipe) is None:
-            text, _ = next(iter(missing.values()))
+            text, *_ = next(iter(missing.values()))
             raise ValueError(
                 f"{type(self.pipe).__name__} has no tokenizer, and no embeddings are known for "
                 f"{text[:120]!r}: give them with set_embeddings"
             )
         with encoders_on_device(self.pipe) if missing and self.offload else nullcontext():
-            for key, (text, picture) in missing.items():
-                found[key] = encode_one(self.pipe, text, guided, self.limit, picture)
+            for key, (text, *row) in missing.items():
+                found[key] = encode_one(self.pipe, text, guided, self.limit, *row)
                 self.set(key, found[key])
         return found
 
 # %% ../../nbs/models/05_embeddings.ipynb #84e0a009
 @patch
 def batch(
-    self: PromptCache, prompts: Sequence[str], guided: bool, sources: Sequence | None = None
+    self: PromptCache,
+    prompts: Sequence[str],
+    guided: bool,
+    sources: Sequence | None = None,
+    negatives: Sequence[str | None] | None = None,  # None: the pipeline's own for all
 ) -> TextBatch:
     """The embeddings of `prompts` as one batch, without negative ones unless `guided`."""
-    known = self.encode(prompts, guided, sources)
+    negatives = negatives if guided else None
+    known = self.encode(prompts, guided, sources, negatives)
     for key, embeddings in known.items():
         kept = {n: value for n, value in embeddings.items() if guided or not _is_negative(n)}
         known[key] = kept
     device = next(self.pipe.transformer.parameters()).device
-    return text_batch(prompts, known, family_of(self.pipe), device, sources)
+    return text_batch(prompts, known, family_of(self.pipe), device, sources, negatives)
 
 
 @patch

@@ -20,18 +20,26 @@ __all__ = ['Embeddings', 'encode_flux', 'encode_sd3', 'encode_flux2', 'encode_kl
 Embeddings = dict[str, Any]  # pipeline keyword -> (n, ...) tensor, or a list of n tensors
 
 
+def _repeated(text: str | None, count: int) -> list[str] | None:
+    """A negative prompt for every prompt; None leaves the pipeline its own."""
+    return None if text is None else [text] * count
+
+
 def encode_flux(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddings:
     """FLUX.1: tokens of the T5 encoder and the pooled embedding of CLIP."""
     embeds, pooled, _ = pipe.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=limit)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def encode_sd3(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddings:
+def encode_sd3(
+    pipe, prompts: list[str], guided: bool, limit: int, negative: str | None = None
+) -> Embeddings:
     """SD3: tokens of three encoders and pooled embeddings, with negative ones where guided."""
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(
         prompt=prompts,
         prompt_2=None,
         prompt_3=None,
+        negative_prompt=_repeated(negative, len(prompts)),
         do_classifier_free_guidance=guided,
         max_sequence_length=limit,
     )
@@ -47,16 +55,20 @@ def encode_flux2(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddin
     return {"prompt_embeds": pipe.encode_prompt(prompt=prompts, max_sequence_length=limit)[0]}
 
 
-def encode_klein(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddings:
-    """FLUX.2 klein: as FLUX.2 dev, with the empty prompt beside it where guided."""
+def encode_klein(
+    pipe, prompts: list[str], guided: bool, limit: int, negative: str | None = None
+) -> Embeddings:
+    """FLUX.2 klein: as FLUX.2 dev, with the negative or the empty prompt beside it where guided."""
     found = encode_flux2(pipe, prompts, guided, limit)
     if guided:
-        empty = encode_flux2(pipe, [""] * len(prompts), guided, limit)
-        found["negative_prompt_embeds"] = empty["prompt_embeds"]
+        other = encode_flux2(pipe, [negative or ""] * len(prompts), guided, limit)
+        found["negative_prompt_embeds"] = other["prompt_embeds"]
     return found
 
 # %% ../../nbs/models/01_encoders.ipynb #81e0a006
-def encode_qwen(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddings:
+def encode_qwen(
+    pipe, prompts: list[str], guided: bool, limit: int, negative: str | None = None
+) -> Embeddings:
     """Qwen-Image: one tensor per prompt, as long as the prompt."""
 
     def unpadded(text: str) -> Tensor:
@@ -64,14 +76,19 @@ def encode_qwen(pipe, prompts: list[str], guided: bool, limit: int) -> Embedding
 
     found = {"prompt_embeds": [unpadded(text) for text in prompts]}
     if guided:
-        found["negative_prompt_embeds"] = [unpadded(" ")] * len(prompts)
+        found["negative_prompt_embeds"] = [unpadded(negative or " ")] * len(prompts)
     return found
 
 
-def encode_z_image(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddings:
+def encode_z_image(
+    pipe, prompts: list[str], guided: bool, limit: int, negative: str | None = None
+) -> Embeddings:
     """Z-Image: one tensor per prompt; the pipeline overwrites the list it is given."""
     cond, uncond = pipe.encode_prompt(
-        prompt=list(prompts), do_classifier_free_guidance=guided, max_sequence_length=limit
+        prompt=list(prompts),
+        do_classifier_free_guidance=guided,
+        negative_prompt=_repeated(negative, len(prompts)),
+        max_sequence_length=limit,
     )
     found = {"prompt_embeds": list(cond)}
     if guided:
@@ -88,7 +105,12 @@ def calculated_size(pipe, image, area: int = 1024 * 1024) -> tuple[int, int]:
 
 
 def encode_qwen_edit(
-    pipe, prompts: list[str], guided: bool, limit: int, sources: list
+    pipe,
+    prompts: list[str],
+    guided: bool,
+    limit: int,
+    sources: list,
+    negative: str | None = None,
 ) -> Embeddings:
     """Qwen-Image-Edit: as Qwen-Image, of a prompt with the picture that it edits."""
     plus = "Plus" in type(pipe).__name__
@@ -102,27 +124,39 @@ def encode_qwen_edit(
     pairs = list(zip(prompts, sources, strict=True))
     found = {"prompt_embeds": [unpadded(text, image) for text, image in pairs]}
     if guided:
-        found["negative_prompt_embeds"] = [unpadded(" ", image) for _, image in pairs]
+        found["negative_prompt_embeds"] = [unpadded(negative or " ", image) for _, image in pairs]
     return found
 
 # %% ../../nbs/models/01_encoders.ipynb #81e0a007
-def encode_masked(pipe, prompts: list[str], guided: bool, limit: int, **options) -> Embeddings:
+def encode_masked(
+    pipe,
+    prompts: list[str],
+    guided: bool,
+    limit: int,
+    negative: str | None = None,
+    **options,
+) -> Embeddings:
     """Lumina 2: padded tokens with their attention masks, with negative ones where guided."""
-    embeds, mask, negative, negative_mask = pipe.encode_prompt(
+    if negative is not None:
+        options["negative_prompt"] = negative
+    embeds, mask, other, other_mask = pipe.encode_prompt(
         prompt=prompts, do_classifier_free_guidance=guided, max_sequence_length=limit, **options
     )
     found = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
     if guided:
-        found["negative_prompt_embeds"] = negative
-        found["negative_prompt_attention_mask"] = negative_mask
+        found["negative_prompt_embeds"] = other
+        found["negative_prompt_attention_mask"] = other_mask
     return found
 
 
-def encode_sana(pipe, prompts: list[str], guided: bool, limit: int) -> Embeddings:
+def encode_sana(
+    pipe, prompts: list[str], guided: bool, limit: int, negative: str | None = None
+) -> Embeddings:
     """Sana: as Lumina 2, with the instruction that its pipeline puts before every prompt."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     instruction = parameters["complex_human_instruction"].default
-    return encode_masked(pipe, prompts, guided, limit, complex_human_instruction=instruction)
+    options = {"complex_human_instruction": instruction}
+    return encode_masked(pipe, prompts, guided, limit, negative, **options)
 
 # %% ../../nbs/models/01_encoders.ipynb #cf0286b1
 def stack_rows(rows: list[dict[str, Tensor]]) -> Embeddings:

@@ -29,7 +29,7 @@ from chunk_grpo_nb.models.adapters import (
 )
 from .calls import ReplayError
 from .embeddings import PromptCache
-from .families import family_of
+from .families import family_of, never_guided
 from chunk_grpo_nb.models.pipelines import (
     LoadedPipeline,
     decode_latents,
@@ -177,6 +177,22 @@ def sources_of(
     fitted = {key: fit_source(source_image(prompt), *size) for key, prompt in rows.items()}
     return [fitted[id(prompt)] for prompt in prompts]
 
+# %% ../../nbs/models/11_policy.ipynb #13ac568d
+@patch
+def negatives_of(self: Policy, prompts: Sequence[str | Prompt]) -> list[str | None] | None:
+    """Negative prompts, one per image; None where no prompt has one.
+
+    Raises `ValueError` for a model without an unconditional branch.
+    """
+    found = [None if isinstance(prompt, str) else prompt.negative for prompt in prompts]
+    given = [negative for negative in found if negative is not None]
+    if given and self.family.is_guided is never_guided:
+        raise ValueError(
+            f"{type(self.pipe).__name__} has no unconditional branch that could read the negative "
+            f"prompt {given[0][:60]!r}: remove the field negative_prompt from the prompt file"
+        )
+    return found if given else None
+
 
 @patch
 def truncated_prompts(self: Policy, prompts: Sequence[str]) -> list[str]:
@@ -238,7 +254,8 @@ def sample_once(
     self.transformer.eval()
     with ExitStack() as stack:
         stack.enter_context(source_area(self.pipe, self.world.get("source_area")))
-        text = self.text.batch(texts, guided, self.sources_of(prompts, height, width))
+        sources = self.sources_of(prompts, height, width)
+        text = self.text.batch(texts, guided, sources, self.negatives_of(prompts))
 
         def on_step(step: int) -> None:
             if step + 1 == hybrid_steps:
