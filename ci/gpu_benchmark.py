@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import platform
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,14 @@ from pathlib import Path
 import torch
 
 from chunk_grpo_nb.analysis.architectures import SHAPES
+from chunk_grpo_nb.analysis.speed import matrix_peak
 from chunk_grpo_nb.models.policy import Sampler, load_policy
 from chunk_grpo_nb.objective import chunk_ratio
 from chunk_grpo_nb.prompts import Prompt
 from chunk_grpo_nb.training.assignment import assign_credit
 from chunk_grpo_nb.training.config import make_config
 from chunk_grpo_nb.training.gradient import accumulate_gradient
+from chunk_grpo_nb.training.profiling import best_clock
 from chunk_grpo_nb.training.rollout import draw_rollout
 from chunk_grpo_nb.trust_regions import TrustRegion
 
@@ -67,42 +68,19 @@ SIZES = {
 }
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @contextmanager
 def stage(report: dict, name: str):
     """Put seconds and peak memory (GiB, None on a CPU) of a block into the report."""
-    synchronize()
     cuda = torch.cuda.is_available()
+    clock = best_clock("cuda" if cuda else "cpu")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    start = clock()
     yield
-    synchronize()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     report[name] = {"seconds": seconds, "peak_gib": peak}
     print(name, report[name], flush=True)
-
-
-def matrix_peak(device: str, n: int = 8192, repeats: int = 20) -> float:
-    """Measured rate of bf16 matrix products in FLOP/s, random data, median of repeats."""
-    n = n if device == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / sorted(times)[repeats // 2]
 
 
 def build_pipeline(size: Size, device: str):
@@ -183,14 +161,12 @@ def flops_per_image_step(transformer, tokens: int) -> float:
 
 def sample(policy, size: Size, report: dict):
     """The rollout of one prompt's group under a reward of random numbers."""
-    decode = policy.decode
+    decode, clock = policy.decode, best_clock(policy.device)
 
     def timed_decode(recording):
-        synchronize()
-        start = time.perf_counter()
+        start = clock()
         images = decode(recording, batch=4)
-        synchronize()
-        report["decode_seconds"] = time.perf_counter() - start
+        report["decode_seconds"] = clock() - start
         return images
 
     def score(images, prompts):
@@ -343,7 +319,8 @@ def main() -> None:
     options = parse_arguments()
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    peak = matrix_peak(device)
+    sides = (4096, 8192) if cuda else (256,)
+    peak = max(matrix_peak(device, torch.bfloat16, sides).values())
     report = {
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "torch": torch.__version__,
