@@ -2400,6 +2400,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'chunk_grpo_nb/training/records.py'),
                                                 'chunk_grpo_nb.training.records.RunFolder.__init__': ( 'training/records.html#runfolder.__init__',
                                                                                                        'chunk_grpo_nb/training/records.py'),
+                                                'chunk_grpo_nb.training.records.RunFolder.__repr__': ( 'training/records.html#runfolder.__repr__',
+                                                                                                       'chunk_grpo_nb/training/records.py'),
                                                 'chunk_grpo_nb.training.records.RunFolder.check_free': ( 'training/records.html#runfolder.check_free',
                                                                                                          'chunk_grpo_nb/training/records.py'),
                                                 'chunk_grpo_nb.training.records.RunFolder.config': ( 'training/records.html#runfolder.config',

@@ -71,11 +71,13 @@ CUT_OFF = """() => [...document.querySelectorAll(".jp-OutputArea-output .jupyter
 
 
 def with_parameters(path: Path, values: dict) -> None:
-    """Put values into the parameters cell of a notebook."""
+    """Put a cell with values below the parameters cell of a notebook, as papermill does."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
-    lines = "".join(cell["source"]).rstrip("\n").split("\n")
-    cell["source"] = "\n".join([*lines, *(f"{name} = {value!r}" for name, value in values.items())])
+    tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
+    place = next(i for i, names in enumerate(tags) if "parameters" in names) + 1
+    source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    cell = {"cell_type": "code", "id": "small", "metadata": {}, "execution_count": None}
+    notebook["cells"].insert(place, cell | {"outputs": [], "source": source})
     path.write_text(json.dumps(notebook), encoding="utf-8")
 
 
@@ -85,7 +87,7 @@ def copied(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name)
     small = yaml.safe_load((ROOT / "ci" / "smoke.yaml").read_text(encoding="utf-8"))
     for name, values in small.items():
-        if values:
+        if values and name.startswith("tutorials/"):
             with_parameters(folder / "nbs" / name, values)
     for name, values in SETTINGS.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -181,6 +183,7 @@ def check(page, address: str, name: str, folder: Path, out: Path) -> list[str]:
     page.on("pageerror", lambda error: console.append(str(error)[:300]))
     page.goto(f"{address}/lab/tree/{name}?reset", wait_until="load")
     page.wait_for_function(OPENED, arg=name, timeout=120_000)
+    page.locator(".jp-MarkdownCell h1").first.wait_for(timeout=120_000)
     page.screenshot(path=out / f"{Path(name).stem}_opened.png")
     page.evaluate(RUN_ALL)
     page.wait_for_function("() => window.ranAll", timeout=MINUTES * 60_000)

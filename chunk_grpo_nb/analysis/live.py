@@ -44,11 +44,14 @@ def _draw_curves(progress: RunProgress, figure) -> None:
         left.axhline(progress.curve[0][1], color="0.4", linestyle=":", label="base model")
         left.plot(*zip(*progress.curve, strict=True), "o-", markersize=4, label="while training")
         left.legend(frameon=False)
+        left.set_xlim(progress.curve[0][0] - 0.3, progress.curve[-1][0] + 0.3)
     left.set(xlabel="iteration", ylabel=progress.label)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     if progress.clipped:
         right.plot(*zip(*progress.clipped, strict=True), color="C3", drawstyle="steps-mid")
     right.set(xlabel="update", ylabel="share of ratios clipped", ylim=(0, 1))
+    right.set_xlim(0.5, len(progress.clipped) + 1)
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 # %% ../../nbs/analysis/10_live.ipynb #ead4b2f4
 def plot_progress(

@@ -224,7 +224,7 @@ export default { render };
 
 # %% ../../nbs/rewards/13_ballot.ipynb #347d2e3c
 _BALLOT_CSS = """
-.ballot { font-family: sans-serif; outline: none; }
+.ballot { font-family: sans-serif; outline: none; margin: 3px; padding: 3px; }
 .ballot:focus { box-shadow: 0 0 0 2px cornflowerblue; border-radius: 6px; }
 .ballot-row { display: flex; gap: 12px; margin: 6px; }
 .ballot-row img { image-rendering: pixelated; display: block; }

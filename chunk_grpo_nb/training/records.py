@@ -198,6 +198,12 @@ def manifest(self: RunFolder) -> dict[str, Any]:
     """What else its results depend on."""
     return read_json(self.path / "manifest.json")
 
+
+@patch
+def __repr__(self: RunFolder) -> str:
+    """What a notebook shows of it."""
+    return f"RunFolder({str(self.path)!r})"
+
 # %% ../../nbs/training/03_records.ipynb #c4d4179c
 @contextmanager
 def lock_run(run: RunFolder) -> Iterator[None]:
