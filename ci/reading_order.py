@@ -38,7 +38,7 @@ PARTS = (
     Part(
         "More experiments",
         "experiments/0[2-9]_*.ipynb",
-        "one run and the comparison of many, credit, dynamics",
+        "one run, many compared, credit, dynamics, the paper's claims, hybrid inference",
         optional=True,
     ),
     Part(

@@ -43,7 +43,7 @@ def draw(*shape, seed=0, scale=1.0):
 
 
 def step_level_loss(log_probs, old, advantages, clip, weights=1.0):
-    "Step-level GRPO as the papers write it, without a line of the library."
+    """Step-level GRPO as the papers write it, without a line of the library."""
     ratio = (log_probs - old).exp()
     surrogate = torch.minimum(
         ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None]

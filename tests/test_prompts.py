@@ -122,7 +122,7 @@ def test_text_sets_of_flow_grpo():
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "tsv", "json"])
-def test_lines_end_at_line_feeds_alone(tmp_path, mark, suffix):
+def test_lines_end_at_line_feeds_and_carriage_returns_alone(tmp_path, mark, suffix):
     text = f"a{mark}b"
     quoted = json.dumps(text, ensure_ascii=False) if mark > " " else json.dumps(text)
     content = {

@@ -4,6 +4,7 @@ import ast
 import configparser
 import importlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -174,6 +175,14 @@ def test_notebooks_lie_in_the_folder_of_their_room():
         assert re.fullmatch(r"\d\d_" + name.split(".")[-1], leaf), (
             f"{name} is exported by {notebook}"
         )
+
+
+def test_notebooks_are_titled_by_their_module():
+    for name, path in FILES.items():
+        notebook = re.search(r"File to edit: [./]*(nbs/\S+)", path.read_text(encoding="utf-8"))[1]
+        cells = json.loads((ROOT / notebook.rstrip(".")).read_text(encoding="utf-8"))["cells"]
+        title = "".join(cells[0]["source"]).splitlines()[0]
+        assert title == f"# {name.split('.')[-1]}", f"{notebook} is titled {title!r}"
 
 
 def test_only_the_training_room_knows_accelerate():

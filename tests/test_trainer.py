@@ -124,6 +124,7 @@ def test_sd3_with_guidance_trains(config, pipes, tmp_path):
         tmp_path / "run",
     )
     assert read_rows(run, "replay")["log_prob_error"].item() < 1e-5
+    assert (read_rows(run)["grad_norm"] > 0).any()
 
 
 class Watch(Callback):

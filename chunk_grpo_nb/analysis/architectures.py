@@ -55,7 +55,7 @@ _BOTH = ("num_layers", "num_single_layers")  # kinds of blocks of FLUX
 
 
 def _flux(guidance: bool, text_tokens: int) -> PipelineShape:
-    "FLUX.1: with the guidance as an input (dev) or without (schnell)."
+    """FLUX.1: with the guidance as an input (dev) or without (schnell)."""
     config = {
         "patch_size": 1,
         "in_channels": 64,
@@ -79,7 +79,7 @@ def _flux(guidance: bool, text_tokens: int) -> PipelineShape:
 
 # %% ../../nbs/analysis/11_architectures.ipynb #013495dc
 def _sd3(layers: int, depth: tuple[str, ...] = ("num_layers",), **more) -> PipelineShape:
-    "Stable Diffusion 3 and 3.5: as many heads as layers, 64 wide each."
+    """Stable Diffusion 3 and 3.5: as many heads as layers, 64 wide each."""
     config = {
         "sample_size": 128,
         "patch_size": 2,
@@ -104,7 +104,7 @@ def _sd3(layers: int, depth: tuple[str, ...] = ("num_layers",), **more) -> Pipel
 
 
 def _flux2(pipeline: str, text_parameters: float, **config) -> PipelineShape:
-    "FLUX.2: `config` is what differs from the defaults of its class, those of FLUX.2-dev."
+    """FLUX.2: `config` is what differs from the defaults of its class, those of FLUX.2-dev."""
     return PipelineShape(
         pipeline=pipeline,
         transformer=("Flux2Transformer2DModel", config),
@@ -116,7 +116,7 @@ def _flux2(pipeline: str, text_parameters: float, **config) -> PipelineShape:
 
 
 def _klein(layers: int, single: int, heads: int, width: int, text: float) -> PipelineShape:
-    "FLUX.2-klein: `width` of the text embeddings, `text` parameters of their encoder."
+    """FLUX.2-klein: `width` of the text embeddings, `text` parameters of their encoder."""
     return _flux2(
         "Flux2KleinPipeline",
         text,
@@ -164,7 +164,7 @@ SHAPES: dict[str, PipelineShape] = {  # hub id -> shape
 
 # %% ../../nbs/analysis/11_architectures.ipynb #f04d9ae8
 def _count_parameters(folder: Path) -> int:
-    "Parameters of a model folder, from the headers of its safetensors files."
+    """Parameters of a model folder, from the headers of its safetensors files."""
     from safetensors import safe_open
 
     total = 0
@@ -176,19 +176,19 @@ def _count_parameters(folder: Path) -> int:
 
 
 def _config_of(folder: Path) -> tuple[str, dict]:
-    "Class and configuration of a model folder."
+    """Class and configuration of a model folder."""
     values = json.loads((folder / "config.json").read_text())
     return values["_class_name"], {k: v for k, v in values.items() if not k.startswith("_")}
 
 
 def _traced_depth(depth: tuple[str, ...], config: dict) -> tuple[str, ...]:
-    "Entries that count identical blocks; none where blocks differ or are few."
+    """Entries that count identical blocks; none where blocks differ or are few."""
     few = any(config.get(name, 0) < 4 for name in depth)
     return () if few or config.get("dual_attention_layers") else depth
 
 
 def _shape_of_folder(folder: Path) -> PipelineShape:
-    "The shape of a pipeline folder, from its JSON files and the headers of its weights."
+    """The shape of a pipeline folder, from its JSON files and the headers of its weights."""
     kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
     known = {s.pipeline: s for s in SHAPES.values()}
     if kind not in known:
@@ -318,7 +318,7 @@ def build_config(shape: PipelineShape) -> dict:
 
 # %% ../../nbs/analysis/11_architectures.ipynb #ff3324af
 def _add_lora(model: nn.Module, shape: PipelineShape, rank: int) -> None:
-    "LoRA adapters: found on `meta`, then made in float32 on the device of the moment."
+    """LoRA adapters: found on `meta`, then made in float32 on the device of the moment."""
     from peft import LoraConfig
 
     targets = FAMILIES[shape.pipeline].lora_targets

@@ -26,7 +26,7 @@ __all__ = ['make_parser', 'main']
 
 # %% ../../nbs/analysis/18_cli.ipynb #376f7373
 class _Parser(argparse.ArgumentParser):
-    "A mistake gets one line, not the whole usage."
+    """A mistake gets one line, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         from chunk_grpo_nb.messages import printable

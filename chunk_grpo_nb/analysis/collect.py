@@ -22,7 +22,7 @@ __all__ = ['COLUMNS', 'metrics_table', 'smooth', 'ratio_table', 'SweepRecords', 
 
 # %% ../../nbs/analysis/04_collect.ipynb #9b2b1f0b
 def _with_progress(rows: pd.DataFrame) -> pd.DataFrame:
-    "Metrics with `step` (updates so far) and `evaluations` (of the network, of all purposes)."
+    """Metrics with `step` (updates so far) and `evaluations` (of the network, of all purposes)."""
     spent = [c for c in rows if c.startswith("evaluations_")]
     return rows.assign(step=np.arange(1, len(rows) + 1), evaluations=rows[spent].sum(axis=1))
 
@@ -89,14 +89,14 @@ def ratio_table(
 def _long(
     table: pd.DataFrame, part: str, measures: Sequence[str], ids: Sequence[str] = ()
 ) -> pd.DataFrame:
-    "One row per number: the columns `ids` kept, each of `measures` a row."
+    """One row per number: the columns `ids` kept, each of `measures` a row."""
     columns = {"id_vars": list(ids), "value_vars": list(measures)}
     rows = table.melt(**columns, var_name="measure", value_name="value")
     return rows.assign(part=part, value=rows["value"].astype(float))
 
 
 def _per_prompt(table: pd.DataFrame) -> pd.DataFrame:
-    "A table of images as long rows: the mean over a prompt's images."
+    """A table of images as long rows: the mean over a prompt's images."""
     ids = ["prompt_index", "kind"]
     measures = [c for c in table.select_dtypes("number") if c not in ("prompt_index", "image")]
     means = table.groupby(ids, sort=False, dropna=False)[measures].mean().reset_index()
@@ -108,7 +108,7 @@ _TRAINING = ("grad_norm", "kl", "chunks", "mixed_groups", "clip_low", "clip_high
 
 
 def _training_rows(run: RunFolder) -> pd.DataFrame:
-    "Long rows of every update."
+    """Long rows of every update."""
     rows = _with_progress(read_rows(run))
     rows = rows.assign(update=rows["step"])
     numbers = rows.select_dtypes("number").columns
@@ -117,7 +117,7 @@ def _training_rows(run: RunFolder) -> pd.DataFrame:
 
 
 def _validation_rows(run: RunFolder) -> pd.DataFrame | None:
-    "Long rows of every validation, with the updates and network evaluations before it."
+    """Long rows of every validation, with the updates and network evaluations before it."""
     held_out = read_rows(run, "validation")
     if held_out.empty:
         return None
@@ -131,7 +131,7 @@ def _validation_rows(run: RunFolder) -> pd.DataFrame | None:
 
 # %% ../../nbs/analysis/04_collect.ipynb #7be1c04a
 def _ratio_rows(run: RunFolder, arm: str, seed: int) -> pd.DataFrame | None:
-    "Spread and clipping of every step and chunk, in the mean over iterations; from update 1 on."
+    """Spread and clipping of every step and chunk, mean over iterations, from update 1 on."""
     found = ratio_table(metrics_table({(arm, seed): run}))
     if found.empty:
         return None
@@ -143,7 +143,7 @@ def _ratio_rows(run: RunFolder, arm: str, seed: int) -> pd.DataFrame | None:
 # %% ../../nbs/analysis/04_collect.ipynb #f1c356d5
 @dataclass(frozen=True)
 class _Trial:
-    "A finished run of a sweep, as long rows."
+    """A finished run of a sweep, as long rows."""
 
     arm: str
     seed: int
@@ -156,14 +156,14 @@ class _Trial:
 
 
 def _cost_rows(run: RunFolder, seconds: Mapping[str, float]) -> pd.DataFrame:
-    "Long rows of seconds and network evaluations."
+    """Long rows of seconds and network evaluations."""
     cost = {f"{name}_seconds": value for name, value in seconds.items()}
     cost |= read_rows(run).filter(like="evaluations_").iloc[-1].to_dict()
     return _long(pd.DataFrame([cost]), "cost", list(cost))
 
 
 def _read_trial(folder: Path) -> _Trial:
-    "One finished trial of the experiment `02_arm`; `FileNotFoundError` for any other."
+    """One finished trial of the experiment `02_arm`; `FileNotFoundError` for any other."""
     run = RunFolder.open(folder / "run")
     for name in ("summary.json", "before.parquet", "after.parquet"):
         if not (run.path / name).is_file():
@@ -205,7 +205,7 @@ class SweepRecords:
 
 
 def _same(trials: Sequence[_Trial], what: str) -> dict:
-    "The manifest entry `what` of all trials, which must not differ."
+    """The manifest entry `what` of all trials, which must not differ."""
     first, expected = trials[0].run.path, trials[0].run.manifest[what]
     for trial in trials[1:]:
         found = trial.run.manifest[what]
@@ -219,7 +219,7 @@ def _same(trials: Sequence[_Trial], what: str) -> dict:
 
 
 def _distance(a: pd.DataFrame, b: pd.DataFrame, where: Path) -> float:
-    "Largest difference of two tables of test rows, which must hold the same prompts and measures."
+    """Largest difference of two tables of test rows of the same prompts and measures."""
     both = a.merge(b, on=["prompt_index", "kind", "measure"], suffixes=("_a", "_b"))
     if not len(both) == len(a) == len(b):
         raise ValueError(
@@ -230,7 +230,7 @@ def _distance(a: pd.DataFrame, b: pd.DataFrame, where: Path) -> float:
 
 # %% ../../nbs/analysis/04_collect.ipynb #a133cb8c
 def _finished(folder: Path) -> list[_Trial]:
-    "The finished trials of one sweep."
+    """The finished trials of one sweep."""
     if not (folder / "sweep.json").is_file():
         raise FileNotFoundError(
             f"{folder} is not a results folder of a sweep (it has no sweep.json)"
@@ -241,7 +241,7 @@ def _finished(folder: Path) -> list[_Trial]:
 
 
 def _check_same_base(trials: Sequence[_Trial]) -> None:
-    "The model before training must score alike in all trials."
+    """The model before training must score alike in all trials."""
     first = trials[0]
     for trial in trials:
         distance = _distance(first.before, trial.before, trial.run.path)
@@ -253,7 +253,7 @@ def _check_same_base(trials: Sequence[_Trial]) -> None:
 
 
 def _without_repeats(trials: Sequence[_Trial]) -> tuple[list[_Trial], list[dict]]:
-    "One trial of each arm and seed, and how far its repeats lie from it."
+    """One trial of each arm and seed, and how far its repeats lie from it."""
     kept: dict[tuple, _Trial] = {}
     repeats = []
     for trial in trials:
@@ -273,7 +273,7 @@ def _without_repeats(trials: Sequence[_Trial]) -> tuple[list[_Trial], list[dict]
 
 # %% ../../nbs/analysis/04_collect.ipynb #b1ee8415
 def _commits(trials: Sequence[_Trial]) -> dict[str, dict]:
-    "Commit -> the arms whose trials it made, and whether files were changed beside it."
+    """Commit -> the arms whose trials it made, and whether files were changed beside it."""
     found: dict[str, dict] = {}
     for trial in trials:
         manifest = trial.run.manifest
@@ -284,7 +284,7 @@ def _commits(trials: Sequence[_Trial]) -> dict[str, dict]:
 
 
 def _manifest(folders: Sequence[Path], trials: Sequence[_Trial], repeats: list[dict]) -> dict:
-    "What the table depends on besides the parameters, and what it cost."
+    """What the table depends on besides the parameters, and what it cost."""
     seconds = [trial.seconds for trial in trials]
     return {
         "sweeps": [read_json(folder / "sweep.json")["sweep"] for folder in folders],
@@ -300,7 +300,7 @@ def _manifest(folders: Sequence[Path], trials: Sequence[_Trial], repeats: list[d
 
 
 def _pictures(trials: Sequence[_Trial]) -> dict[str, Path]:
-    "Arm -> the strip of test images of its first seed, and of the base model."
+    """Arm -> the strip of test images of its first seed, and of the base model."""
     found = {"base": trials[0].run.path / "before.png"}
     for trial in sorted(trials, key=lambda t: t.seed):
         found.setdefault(trial.arm, trial.run.path / "after.png")
@@ -374,7 +374,7 @@ def load_records(
 
 # %% ../../nbs/analysis/04_collect.ipynb #c56da11e
 def _joined_manifest(manifests: Sequence[dict], tolerance: float, largest: float) -> dict:
-    "The manifests of several records as one; what they share is the first one's."
+    """The manifests of several records as one; what they share is the first one's."""
     commits: dict[str, dict] = {}
     for manifest in manifests:
         for commit, entry in manifest["git_commits"].items():
@@ -397,7 +397,7 @@ def _joined_manifest(manifests: Sequence[dict], tolerance: float, largest: float
 
 # %% ../../nbs/analysis/04_collect.ipynb #0752bbbf
 def _test_rows_of_base(records: SweepRecords) -> pd.DataFrame:
-    "What the model before training scored on every test prompt."
+    """What the model before training scored on every test prompt."""
     rows = records.rows
     return rows[(rows["arm"] == "base") & (rows["part"] == "test")]
 

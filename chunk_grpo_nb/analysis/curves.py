@@ -23,7 +23,7 @@ WORDS = {"step": "update", "evaluations": "network evaluations"}  # column -> la
 
 # %% ../../nbs/analysis/07_curves.ipynb #0b588084
 def _curve(ax, part: pd.DataFrame, x: str, y: str, seed: str, colour, name: str) -> None:
-    "One arm: single seeds, their mean at the `x` they share, its interval from three seeds on."
+    """One arm: single seeds, their mean at the `x` they share, its interval from three seeds on."""
     wide = part.pivot_table(index=x, columns=seed, values=y)
     seeds = wide.shape[1]
     for column in wide.columns if seeds > 1 else []:
@@ -39,13 +39,13 @@ def _curve(ax, part: pd.DataFrame, x: str, y: str, seed: str, colour, name: str)
 
 
 def _base_line(ax, value: float | None) -> None:
-    "A dotted line at the value of the model before training."
+    """A dotted line at the value of the model before training."""
     if value is not None:
         ax.axhline(value, color="0.3", linewidth=1.2, linestyle=":", label="before training")
 
 
 def _need(table: pd.DataFrame, columns: Sequence[str], where: str) -> None:
-    "`KeyError` for a column that is missing."
+    """`KeyError` for a column that is missing."""
     for column in columns:
         if column not in table:
             raise KeyError(f"{where}: no column {column!r}; there are {list(table.columns)}")
@@ -90,7 +90,7 @@ def _plot_panels(
     baseline: str,
     reference: float | None,
 ) -> Figure:
-    "A panel for every arm but the baseline, which stands in grey behind each."
+    """A panel for every arm but the baseline, which stands in grey behind each."""
     behind = parts.pop(baseline)
     columns = min(3, len(parts))
     rows = -(-len(parts) // columns)
@@ -143,7 +143,7 @@ def plot_learning(
 
 # %% ../../nbs/analysis/07_curves.ipynb #4ecba3ac
 def _draw_seeds(ax, table: pd.DataFrame, y: str, place: Mapping, arm: str, seed: str) -> None:
-    "Every seed in every arm, joined by seed; up to ten seeds have colours of their own."
+    """Every seed in every arm, joined by seed; up to ten seeds have colours of their own."""
     for _, part in table.groupby(seed):
         ax.plot(part[y], part[arm].map(place), color="0.75", linewidth=0.8, zorder=1)
     seeds = sorted(table[seed].unique())
@@ -154,7 +154,7 @@ def _draw_seeds(ax, table: pd.DataFrame, y: str, place: Mapping, arm: str, seed:
 
 # %% ../../nbs/analysis/07_curves.ipynb #421767d5
 def _draw_interval(ax, at: float, row, colour="0.2", name: str | None = None) -> None:
-    "A mean with its interval, filled where the interval excludes 0."
+    """A mean with its interval, filled where the interval excludes 0."""
     if np.isfinite(row.low):
         ax.plot([row.low, row.high], [at, at], color=colour, linewidth=1.8)
     face = "white" if row.verdict == "not resolved" else colour

@@ -77,7 +77,7 @@ def card_bytes(
 
 
 def _reward_bytes(config: Config) -> tuple[float, list[str]]:
-    "Bytes of the reward models with a published size, and notes about the others."
+    """Bytes of the reward models with a published size, and notes about the others."""
     from chunk_grpo_nb.rewards.clip_family import WEIGHTS
 
     rewards = config.objective.rewards
@@ -90,7 +90,7 @@ _UNPACKED = ("SD3Transformer2DModel", "SanaTransformer2DModel")  # others pack 2
 
 
 def _states(config: Config, trained: int, size: int) -> dict[str, float]:
-    "Gradients, optimiser states and moving average of `trained` parameters of `size` bytes."
+    """Gradients, optimiser states and moving average of `trained` parameters of `size` bytes."""
     each = {"adamw": 2 * size, "adamw8bit": 2 * (1 + 4 / 256), "sgd": 0}
     return {
         "gradients": trained * size,
@@ -100,7 +100,7 @@ def _states(config: Config, trained: int, size: int) -> dict[str, float]:
 
 
 def _trajectory_bytes(shape: PipelineShape, config: Config, images: int) -> float:
-    "The states of all images of a process in float32, and what leads to them."
+    """The states of all images of a process in float32, and what leads to them."""
     if config.policy.store_on:
         return 0
     height, width = pixels(shape, config)
@@ -117,7 +117,7 @@ def _resident(
     bits: int | None,
     images: int,  # of one process
 ) -> dict[str, float]:
-    "Bytes that are there at all times in one of the processes."
+    """Bytes that are there at all times in one of the processes."""
     policy = config.policy
     size = getattr(torch, policy.dtype).itemsize
     weights, trained, block = transformer_parameters(shape, policy.lora_rank)
@@ -140,14 +140,14 @@ _VALIDATED = 192  # images per pipeline call in validation where `rollout_batch`
 
 
 def _training_rows(config: Config, images: int) -> int:
-    "Rows of one transformer call in the backward pass."
+    """Rows of one transformer call in the backward pass."""
     steps = max(1, round(config.objective.fraction * (config.sampling.num_steps - 1)))
     rows = math.ceil(images / config.optimisation.updates_per_iteration) * steps
     return min(config.optimisation.micro_batch or rows, rows)
 
 
 def _drawing(shape: PipelineShape, config: Config, name: str, images: int) -> dict[str, float]:
-    "The stages of drawing so many images at a time, and of decoding them."
+    """The stages of drawing so many images at a time, and of decoding them."""
     decoded = min(images, _DECODED)
     return {
         f"{name} {images} images": activation_bytes(shape, config, images, backward=False),
@@ -156,7 +156,7 @@ def _drawing(shape: PipelineShape, config: Config, name: str, images: int) -> di
 
 
 def _stages(shape: PipelineShape, config: Config, images: int, resident: dict) -> dict[str, float]:
-    "What each stage adds, in bytes; `images` of one process in an iteration."
+    """What each stage adds, in bytes; `images` of one process in an iteration."""
     size = getattr(torch, config.policy.dtype).itemsize
     encoders = shape.text_parameters * size if config.policy.offload_text else 0.0
     stages = {"encode prompts": encoders}
@@ -176,7 +176,7 @@ def _stages(shape: PipelineShape, config: Config, images: int, resident: dict) -
 
 # %% ../../nbs/analysis/13_memory.ipynb #5867054c
 def _check_counts(config: Config, processes: int, bits: int | None, sharded: bool) -> None:
-    "Refuses numbers of processes and bits that no run has."
+    """Refuses numbers of processes and bits that no run has."""
     images = config.data.prompts_per_iteration * config.data.group_size
     if not 1 <= processes <= images:
         raise ValueError(

@@ -16,7 +16,7 @@ __all__ = ['open_policy', 'add_model_arguments', 'add_evaluate', 'add_sample', '
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #5a865dc2
 def _settings_of(source: str | Path):
-    "Settings of a run folder, or the defaults with this model; and whether it is a run."
+    """Settings of a run folder, or the defaults with this model; and whether it is a run."""
     from chunk_grpo_nb.training.config import make_config
     from chunk_grpo_nb.training.records import RunFolder
 
@@ -26,12 +26,12 @@ def _settings_of(source: str | Path):
 
 
 def _batch_of(source: str | Path, asked: int | None) -> int:
-    "Images per pipeline call: as asked, or as the run draws them, or 96."
+    """Images per pipeline call: as asked, or as the run draws them, or 96."""
     return asked or _settings_of(source)[0].sampling.rollout_batch or 96
 
 
 def _lora_of(folder: Path) -> tuple[int, float | None]:
-    "Rank and strength of the LoRA in a folder of weights; rank 0 where it has none."
+    """Rank and strength of the LoRA in a folder of weights; rank 0 where it has none."""
     from chunk_grpo_nb.models.adapters import LORA_FILE, read_lora_file
 
     if not (folder / LORA_FILE).is_file():
@@ -179,7 +179,7 @@ def add_evaluate(add) -> None:
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #e681f455
 def _edits(source: str | Path) -> bool:
-    "Whether a model, or that of a run, edits pictures; known without loading it."
+    """Whether a model, or that of a run, edits pictures; known without loading it."""
     from chunk_grpo_nb.models.pipelines import model_family
 
     family = model_family(_settings_of(source)[0].policy.model)
@@ -187,7 +187,7 @@ def _edits(source: str | Path) -> bool:
 
 
 def _asked(model: str, texts: list[str], images: list[str]) -> list:
-    "What is drawn: texts, or for an editing model prompts with their pictures."
+    """What is drawn: texts, or for an editing model prompts with their pictures."""
     from chunk_grpo_nb.prompts import Prompt
     from chunk_grpo_nb.sources import check_sources
 
@@ -252,7 +252,7 @@ def add_sample(add) -> None:
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #c7b6758e
 def _digest(a: argparse.Namespace) -> str:
-    "A hash of the trained weights that --weights, or the run, stands for; empty for a base model."
+    """Hash of the trained weights that --weights or the run stands for; empty for a base model."""
     folder = Path(a.weights).expanduser() if a.weights else Path(a.model) / "policy"
     if (a.base and not a.weights) or not folder.is_dir():
         return ""

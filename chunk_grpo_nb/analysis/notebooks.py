@@ -72,20 +72,20 @@ def parse_python(source: str, mode: str = "exec") -> ast.AST:
 
 
 def _comments(source: str) -> dict[int, str]:
-    "Line number -> the comment on it."
+    """Line number -> the comment on it."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("#").strip() for t in tokens if t.type == tokenize.COMMENT}
 
 # %% ../../nbs/analysis/01_notebooks.ipynb #ab924599
 def _annotation_text(annotation: ast.expr) -> str:
-    "The annotation as written; one in quotes without them."
+    """The annotation as written; one in quotes without them."""
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         return annotation.value
     return ast.unparse(annotation)
 
 # %% ../../nbs/analysis/01_notebooks.ipynb #55de38fa
 def _parameter(statement: ast.Assign | ast.AnnAssign, help: str, where: str) -> Parameter:
-    "The parameter that an assignment declares."
+    """The parameter that an assignment declares."""
     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
     names = ", ".join(ast.unparse(t) for t in targets)
     if len(targets) > 1 or not isinstance(targets[0], ast.Name):
@@ -161,7 +161,7 @@ _PLAIN = {
 
 
 def _is_plain(value, name: str) -> bool:
-    "Whether `value` is of the plain type `name`; `TypeError` for a type that is none."
+    """Whether `value` is of the plain type `name`; `TypeError` for a type that is none."""
     if name in ("Any", "object"):
         return True
     if name not in _PLAIN:
@@ -170,13 +170,13 @@ def _is_plain(value, name: str) -> bool:
 
 
 def _items(node: ast.expr) -> list[ast.expr]:
-    "What stands inside the brackets of an annotation, without the dots of `tuple[int, ...]`."
+    """What stands inside the brackets of an annotation, without the dots of `tuple[int, ...]`."""
     inner = node.elts if isinstance(node, ast.Tuple) else [node]
     return [n for n in inner if not (isinstance(n, ast.Constant) and n.value is ...)]
 
 # %% ../../nbs/analysis/01_notebooks.ipynb #77800f02
 def _fits(value, annotation: ast.expr) -> bool:
-    "Whether `value` is of the annotated type; `TypeError` with the part that is not understood."
+    """Whether `value` is of the annotated type; `TypeError` with the part not understood."""
     match annotation:
         case ast.Constant(value=None):
             return value is None
@@ -194,7 +194,7 @@ def _fits(value, annotation: ast.expr) -> bool:
 
 
 def _fits_inside(value, outer: str, inner: list[ast.expr]) -> bool:
-    "Whether `value` is of the type `outer[inner]`."
+    """Whether `value` is of the type `outer[inner]`."""
     if outer == "Literal":
         return any(type(value) is type(v) and value == v for v in map(ast.literal_eval, inner))
     if outer == "Optional":
@@ -209,7 +209,7 @@ def _fits_inside(value, outer: str, inner: list[ast.expr]) -> bool:
 
 # %% ../../nbs/analysis/01_notebooks.ipynb #0a2870ed
 def _literal(value, where: str):
-    "`value` with tuples as lists; `TypeError` for what is no literal, such as a date in YAML."
+    """`value` with tuples as lists; `TypeError` for what is no literal, such as a date in YAML."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -276,7 +276,7 @@ def check_parameters(
 
 # %% ../../nbs/analysis/01_notebooks.ipynb #688ae4d6
 def _kernel_manager():
-    "A kernel manager whose kernel is the interpreter that runs us, whatever 'python3' names."
+    """A kernel manager whose kernel is the interpreter that runs us, whatever 'python3' names."""
     from ipykernel.kernelspec import make_ipkernel_cmd
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
@@ -294,7 +294,7 @@ def _kernel_manager():
 # %% ../../nbs/analysis/01_notebooks.ipynb #26267ea6
 @contextmanager
 def _without_papermill_warnings() -> Iterator[None]:
-    "papermill warns about parameters that it cannot read; ours have been checked."
+    """papermill warns about parameters that it cannot read; ours have been checked."""
     logger = logging.getLogger("papermill")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -111,7 +111,7 @@ def plot_dynamics(
 
 # %% ../../nbs/analysis/06_plots.ipynb #34ee62dd
 def _draw_spread(ax, part: pd.DataFrame, sizes: Sequence[int]) -> None:
-    "The spread of the ratios of one arm, a colour for each update."
+    """The spread of the ratios of one arm, a colour for each update."""
     edges = np.cumsum([0, *sizes]) - 0.5
     moved = part[part["spread"] > 0]
     updates = sorted(moved["update"].unique())
@@ -127,7 +127,7 @@ def _draw_spread(ax, part: pd.DataFrame, sizes: Sequence[int]) -> None:
 
 
 def _draw_clipping(ax, part: pd.DataFrame, sizes: Sequence[int]) -> None:
-    "The shares of clipped ratios of one arm: at the upper bound upwards, at the lower downwards."
+    """Shares of clipped ratios of one arm: at the upper bound upwards, at the lower downwards."""
     edges = np.cumsum([0, *sizes]) - 0.5
     mean = part.groupby("index")[["clip_low", "clip_high"]].mean()
     left, width = edges[mean.index] + 0.08, np.asarray(sizes)[mean.index] - 0.16
@@ -191,7 +191,7 @@ def plot_steps(
 
 # %% ../../nbs/analysis/06_plots.ipynb #90916f30
 def _draw_picture(ax, picture, met: bool | None) -> None:
-    "One image without axes, framed by its verdict."
+    """One image without axes, framed by its verdict."""
     ax.imshow(picture, interpolation="nearest" if picture.width <= 128 else "antialiased")
     ax.set(xticks=[], yticks=[])
     ax.grid(False)

@@ -38,7 +38,7 @@ __all__ = ['run_trial', 'follow_parent', 'progress_text', 'run_sweep']
 
 # %% ../../nbs/analysis/03_runner.ipynb #969e6e65
 def _move_aside(folder: Path, trial: Trial) -> None:
-    "Keep what an earlier attempt left under attempts/, numbered."
+    """Keep what an earlier attempt left under attempts/, numbered."""
     place, attempts = folder / "trials" / trial.name, folder / "attempts"
     if not place.exists():
         return
@@ -48,7 +48,7 @@ def _move_aside(folder: Path, trial: Trial) -> None:
 
 
 def _execute(notebook: Path, place: Path, parameters: dict) -> dict:
-    "Run the notebook with `out_dir` inside `place`; status, seconds and error."
+    """Run the notebook with `out_dir` inside `place`; status, seconds and error."""
     start, error = time.monotonic(), ""
     own = {"out_dir": str(place / "run")} if "out_dir" in notebook_parameters(notebook) else {}
     try:
@@ -61,7 +61,7 @@ def _execute(notebook: Path, place: Path, parameters: dict) -> dict:
 
 
 def _finished(folder: Path, trial: Trial, code: dict[str, str], keep_outdated: bool) -> bool:
-    "Whether a trial is done and its result may stand."
+    """Whether a trial is done and its result may stand."""
     result = trial_result(folder, trial)
     if not result or result["status"] != "done":
         return False
@@ -117,7 +117,7 @@ def follow_parent(
 
 @contextmanager
 def _joblib_backend(backend: str, jobs: int, scheduler: str | None) -> Iterator[None]:
-    "joblib's workers: processes of this machine, or a Dask or Ray cluster."
+    """joblib's workers: processes of this machine, or a Dask or Ray cluster."""
     from joblib import parallel_config
 
     if backend == "processes":
@@ -179,7 +179,7 @@ def progress_text(
 
 # %% ../../nbs/analysis/03_runner.ipynb #ad781776
 class _Progress:
-    "Calls `report` with the progress while it changes: on `update`, and every few seconds."
+    """Calls `report` with the progress while it changes: on `update`, and every few seconds."""
 
     def __init__(self, text: Callable[[], str], report: Callable[[str], None] | None):
         self.text = text
@@ -189,7 +189,7 @@ class _Progress:
         self.lock = threading.Lock()
 
     def print(self, text: str) -> None:
-        "On a terminal over the table before, else below it."
+        """On a terminal over the table before, else below it."""
         lines = self.last.count("\n") + 1
         up = f"\033[{lines}A\033[J" if self.last and sys.stdout.isatty() else ""
         print(up + text, flush=True)
@@ -216,7 +216,7 @@ class _Progress:
 
 # %% ../../nbs/analysis/03_runner.ipynb #a18c8464
 def _to_run(sweep: Sweep, folder: Path, outdated: str) -> list[Trial]:
-    "The trials that are not finished; results of other code are refused unless told what to do."
+    """The trials that are not finished; results of other code as `outdated` says."""
     if outdated not in ("refuse", "rerun", "keep"):
         raise ValueError(f"outdated = {outdated!r}: refuse, rerun or keep")
     status = sweep_status(sweep, folder)

@@ -83,7 +83,7 @@ def copy_rate(device: torch.device | str = "cpu", megabytes: int = 8, repeats: i
 
 # %% ../../nbs/analysis/21_speed.ipynb #ae2f3452
 class _Operators(TorchDispatchMode):
-    "Times every operator, and counts its FLOPs and bytes."
+    """Times every operator, and counts its FLOPs and bytes."""
 
     def __init__(self, clock: Callable[[], float]):
         super().__init__()
@@ -232,7 +232,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def _ask(worker: subprocess.Popen) -> list:
-    "Seconds of one more iteration of a worker, and the hash of its weights."
+    """Seconds of one more iteration of a worker, and the hash of its weights."""
     worker.stdin.write("\n")
     worker.stdin.flush()
     for line in worker.stdout:

@@ -57,7 +57,7 @@ class Interval:
 
 # %% ../../nbs/analysis/05_statistics.ipynb #702cc9a5
 def _finite(values, where: str) -> np.ndarray:
-    "`values` as float64; `ValueError` for none and for NaN or infinity."
+    """`values` as float64; `ValueError` for none and for NaN or infinity."""
     values = np.asarray(values, dtype=np.float64)
     wrong = int((~np.isfinite(values)).sum())
     if values.size == 0 or wrong:
@@ -98,7 +98,7 @@ _KEYS = ["prompt_index", "image"]
 
 
 def _paired(before: pd.DataFrame, after: pd.DataFrame, column: str) -> pd.DataFrame:
-    "Both tables side by side, with the `difference` of `column`; they must hold the same images."
+    """Both tables of the same images side by side, with the `difference` of `column`."""
     for name, table in (("before", before), ("after", after)):
         for needed in (*_KEYS, column):
             if needed not in table:
@@ -114,7 +114,7 @@ def _paired(before: pd.DataFrame, after: pd.DataFrame, column: str) -> pd.DataFr
 
 
 def _over_prompts(table: pd.DataFrame, column: str) -> Interval:
-    "Images of one prompt are averaged: the prompt is the independent unit."
+    """Images of one prompt are averaged: the prompt is the independent unit."""
     return bootstrap_interval(table.groupby("prompt_index")[column].mean())
 
 # %% ../../nbs/analysis/05_statistics.ipynb #d1600f8b
@@ -185,7 +185,7 @@ def holm(
 
 # %% ../../nbs/analysis/05_statistics.ipynb #1f75c139
 def _pooled_spread(wide: pd.DataFrame) -> tuple[float, int]:
-    "Standard deviation of a paired difference from the residuals of all arms; degrees of freedom."
+    """Standard deviation of a paired difference from all arms' residuals; degrees of freedom."""
     rest = wide.sub(wide.mean(axis=1), axis=0).sub(wide.mean() - wide.stack().mean())
     free = (wide.shape[0] - 1) * (wide.shape[1] - 1)
     if free < 1:
@@ -194,7 +194,7 @@ def _pooled_spread(wide: pd.DataFrame) -> tuple[float, int]:
 
 
 def _difference_row(d: pd.Series, sd: float, degrees: int, comparisons: int) -> dict:
-    "The mean of paired differences with its interval, p-value and verdict."
+    """The mean of paired differences with its interval, p-value and verdict."""
     from scipy import stats
 
     mean, half, p = d.mean(), np.inf, 1.0
@@ -265,7 +265,7 @@ def seed_means(
 
 
 def _prompts_by_seeds(test: pd.DataFrame, measure: str, arm: str) -> pd.DataFrame:
-    "Prompts as rows, seeds as columns."
+    """Prompts as rows, seeds as columns."""
     found = test[test["arm"] == arm].pivot(index="prompt_index", columns="seed", values="value")
     if found.empty:
         there = sorted(test["arm"].unique())

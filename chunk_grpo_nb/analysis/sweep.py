@@ -52,7 +52,7 @@ class Sweep:
 
 
 def _key(notebook: Path, values: dict) -> str:
-    "Hash of a notebook's name and of all its parameters but `out_dir`."
+    """Hash of a notebook's name and of all its parameters but `out_dir`."""
     named = {name: value for name, value in values.items() if name != "out_dir"}
     text = json.dumps([notebook.stem, named], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -62,7 +62,7 @@ _SECTIONS = {"experiment": str, "fixed": dict, "arms": dict, "grid": dict}
 
 
 def _find_experiment(name: str, file: Path) -> Path:
-    "What a sweep file means: a notebook beside it, or one of the nbs/experiments above it."
+    """What a sweep file means: a notebook beside it, or one of the nbs/experiments above it."""
     if name.endswith(".ipynb") and (file.parent / name).is_file():
         return (file.parent / name).resolve()
     folders = [p / "nbs" / "experiments" for p in file.resolve().parents]
@@ -73,7 +73,7 @@ def _find_experiment(name: str, file: Path) -> Path:
 
 
 def _read_sweep_file(path: Path) -> dict:
-    "The sections of a sweep file, each of the right type, none unknown."
+    """The sections of a sweep file, each of the right type, none unknown."""
     if not path.is_file():
         there = [p.stem for p in path.parent.glob("*.yaml")]
         raise FileNotFoundError(f"no sweep file {path}{nearest(path.stem, there)}")
@@ -92,7 +92,7 @@ def _read_sweep_file(path: Path) -> dict:
 
 # %% ../../nbs/analysis/02_sweep.ipynb #a1821fe3
 def _check_grid(path: Path, data: dict) -> None:
-    "Axes are lists that are not empty, and there is something to run."
+    """Axes are lists that are not empty, and there is something to run."""
     for axis, values in data["grid"].items():
         if not isinstance(values, list) or not values:
             raise ValueError(
@@ -104,7 +104,7 @@ def _check_grid(path: Path, data: dict) -> None:
 
 
 def _check_arm(path: Path, arm: str, own: object, data: dict) -> None:
-    "An arm is a set of parameters, none of which is set elsewhere as well."
+    """An arm is a set of parameters, none of which is set elsewhere as well."""
     if not isinstance(own, dict):
         raise TypeError(f"{path}: arm {arm!r} is {own!r}; give it name: value lines")
     fixed, grid = data["fixed"], data["grid"]
@@ -172,7 +172,7 @@ def load_sweeps(
 
 # %% ../../nbs/analysis/02_sweep.ipynb #cd5be881
 def _code_hash(source: str) -> str:
-    "Hash of Python code without comments, docstrings and layout."
+    """Hash of Python code without comments, docstrings and layout."""
     try:
         tree = parse_python(source)
     except SyntaxError:  # a notebook's %magic
@@ -187,7 +187,7 @@ def _code_hash(source: str) -> str:
 # %% ../../nbs/analysis/02_sweep.ipynb #d68a7e15
 @lru_cache(maxsize=1)
 def _library_hashes() -> dict[str, str]:
-    "Module of this library -> hash, for all but the analysis room."
+    """Module of this library -> hash, for all but the analysis room."""
     package = Path(chunk_grpo_nb.__file__).parent
     files = [p for p in sorted(package.rglob("*.py")) if p.stem != "_modidx"]
     named = {p.relative_to(package).with_suffix("").as_posix(): p for p in files}
@@ -274,7 +274,7 @@ def trial_result(
 
 # %% ../../nbs/analysis/02_sweep.ipynb #fe1d3428
 def _status(folder: Path, trial: Trial, result: dict | None, code: dict[str, str]) -> str:
-    "One of the words of the table above."
+    """Waiting, running, interrupted, done, failed or outdated: see `sweep_status`."""
     from filelock import Timeout
 
     if result and result["status"] == "done":
@@ -296,7 +296,9 @@ def sweep_status(
 ) -> pd.DataFrame:
     """One row per trial: arm, axes, status, seconds, error, changed (which code), and its folder.
 
-    Reads the disk only, so another process may be running the sweep.
+    `status`: waiting; running, while a process holds the trial's lock; interrupted, where nobody
+    does; done; failed; outdated, which is done by other code than today's. Reads the disk only,
+    so another process may be running the sweep.
     """
     folder = Path(folder).expanduser().resolve()
     if folder.exists():

@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
 # %% ../../nbs/analysis/12_tracing.ipynb #34047ded
 class _FusedAttention(torch.autograd.Function):
-    "The shapes and the saved tensors of fused attention; no values."
+    """The shapes and the saved tensors of fused attention; no values."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -132,7 +132,7 @@ def run_transformer(
 
 # %% ../../nbs/analysis/12_tracing.ipynb #a6e895ee
 def _trace(shape: PipelineShape, config: Config, rows: int, backward: bool, **depth: int) -> int:
-    "Peak bytes that one pass adds, with so many blocks."
+    """Peak bytes that one pass adds, with so many blocks."""
     with without_data():
         outside, once = run_transformer(shape, config, rows, backward, **depth)
         with LiveBytes(outside) as live:

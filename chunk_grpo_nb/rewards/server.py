@@ -125,8 +125,7 @@ class RewardQueue:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place in line, taken before the body of a request is read; `Refusal` if none is "
-        "free."""
+        """A place in line, taken before a request is read; `Refusal` if none is free."""
         if not self.places.acquire(blocking=False):
             raise Refusal(
                 503,

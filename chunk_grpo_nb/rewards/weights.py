@@ -76,8 +76,7 @@ def missing_weights(
     reason: Exception,
     what: str | None = None,  # what is missing, where it is not the weights themselves
 ) -> RewardUnavailable:
-    """The error for weights that are not there: what to download, how large, and where to put "
-    "it."""
+    """The error for weights that are not there: what to download, and where to put it."""
     weights = WEIGHTS[name]
     said = str(reason).strip().split("\n")[0][:120] or "not there"
     download = f"hf download {weights.hub}" + (f" {weights.file}" if weights.file else "")

@@ -176,7 +176,7 @@ _IDLE = (
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """Name -> value of every setting that nobody asked for."""
+    """Name -> default of every setting."""
     return {f.name: getattr(kind(), f.name) for kind in _GROUPS.values() for f in fields(kind)}
 
 # %% ../../nbs/training/02_config.ipynb #10903aaf

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
+from ..models.policy import Policy
+from ..models.sampler import Sampler
 from ..prompts import Prompt
 from .rollout import complete_images, group_seeds
 
@@ -66,10 +68,10 @@ def _scores(score_images: Callable, ready: list, prompts: Sequence[Prompt]) -> d
 
 # %% ../../nbs/training/09_evaluation.ipynb #4378dc03
 def evaluate(
-    policy,  # `policy.Policy`
+    policy: Policy,
     prompts: Sequence[Prompt],
     score_images: Callable,  # (images, prompts) -> {name: (n,) tensor}
-    sampler,  # `policy.Sampler`; kind "ode" for plain sampling
+    sampler: Sampler,  # of kind "ode" for plain sampling
     *,
     images_per_prompt: int = 4,
     seed: int = 0,  # evaluation seed: the same for every model that is compared

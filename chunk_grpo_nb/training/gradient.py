@@ -111,7 +111,7 @@ class ChunkLoss:
         return bool(self.kl_weight or (self.assignment.advantages[sample][chosen] != 0).any())
 
     def no_change(self) -> PolicyChange:
-        """The policy is the one that sampled."""
+        """The change of a policy that is still the one that sampled: 0 everywhere."""
         zeros = torch.zeros_like(self.old_log_probs)
         return PolicyChange(zeros, zeros.clone())
 
@@ -238,7 +238,7 @@ def accumulate_gradient(
     zero = torch.zeros(1, dtype=torch.long)
     first = Pass(rollout.recordings[0], zero, rollout.steps[:1], zero, zero)
 
-    change, sampled = loss.no_change(), loss.no_change()
+    change, unmoved = loss.no_change(), loss.no_change()
     if streamed:
         measure_change(policy, loss, passes, change)
         measure_change(policy, loss, [first] * idle, loss.no_change())
@@ -247,7 +247,7 @@ def accumulate_gradient(
         replayed = loss.replay(policy, one_pass)
         if not streamed:
             change.keep(one_pass, replayed)
-        coefficients = loss.coefficients(sampled if on_policy else change, one_pass)
+        coefficients = loss.coefficients(unmoved if on_policy else change, one_pass)
         is_zero = is_zero and not (kl_weight or coefficients.any())
         total = (coefficients.to(replayed.log_ratio) * replayed.log_ratio).sum()
         if kl_weight:

@@ -26,8 +26,8 @@ from .settings import SCHEMA_VERSION
 
 # %% auto #0
 __all__ = ['file_hash', 'hash_inputs', 'run_manifest', 'writing', 'write_atomically', 'write_json', 'read_json', 'RunFolder',
-           'lock_run', 'log_row', 'read_rows', 'last_row', 'drop_rows_after', 'cut_rows', 'count_rows', 'save_table',
-           'read_table', 'image_grid', 'grid_tiles', 'save_images']
+           'lock_run', 'log_row', 'read_rows', 'last_row', 'cut_rows', 'count_rows', 'save_table', 'read_table',
+           'image_grid', 'grid_tiles', 'save_images']
 
 # %% ../../nbs/training/03_records.ipynb #e09fc106
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -275,15 +275,6 @@ def last_row(run: RunFolder, name: str = "metrics") -> dict:
 def _write_rows(path: Path, rows: Iterable[Mapping]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def drop_rows_after(
-    run: RunFolder, iteration: int, names: Iterable[str] = ("metrics", "timings")
-) -> None:
-    """Keep only rows of iterations up to and including `iteration`."""
-    for name in names:
-        path = run.path / f"{name}.jsonl"
-        _write_rows(path, [r for r in _read_jsonl(path) if r["iteration"] <= iteration])
 
 
 def cut_rows(run: RunFolder, name: str, count: int) -> None:

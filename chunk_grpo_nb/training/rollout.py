@@ -15,6 +15,9 @@ import torch
 
 from ..dynamics import relative_distance
 from ..models.continuation import finish
+from ..models.policy import Policy
+from ..models.recording import Recording
+from ..models.sampler import Sampler
 from ..prompts import Prompt
 from ..rewards.scoring import needs_source, needs_whole_group, score, with_sources
 
@@ -71,7 +74,7 @@ class Rollout:
     samples: list[int]  # global number of each local sample, consecutive
     group_size: int
     prompts: list[Prompt]  # one per local sample
-    recordings: list  # `policy.Recording`s, in order
+    recordings: list[Recording]  # one per pipeline call, in order
     images: list  # PIL images, one per local sample
     rewards: dict[str, torch.Tensor]  # name -> (n,) float64; NaN where a failed reward was dropped
     steps: torch.Tensor  # (steps,) numbers of the transitions with noise, which are trained
@@ -183,9 +186,9 @@ def _own_samples(total: int, process: int, processes: int) -> list[int]:
 
 # %% ../../nbs/training/05_rollout.ipynb #cbb67cde
 def draw_rollout(
-    policy,  # `policy.Policy`
+    policy: Policy,
     prompts: Sequence[Prompt],  # the P prompts of this iteration
-    sampler,  # `policy.Sampler`
+    sampler: Sampler,
     score_images: Callable,  # (images, prompts) -> {name: (n,) tensor}
     *,
     iteration: int,
@@ -248,7 +251,7 @@ def _futures(
 
 
 def measure_gains(
-    policy,  # `policy.Policy`, with the weights that sampled
+    policy: Policy,  # with the weights that sampled
     rollout: Rollout,
     score_images: Callable,  # as for `draw_rollout`
     starts: Sequence[int],  # first trained step of each chunk, counted among the trained ones

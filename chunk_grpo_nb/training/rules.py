@@ -119,7 +119,7 @@ def refuse_idle(
     rules: Sequence[Idle],
     config: Any,  # what `when` looks at
     values: Mapping[str, Any],  # name -> value of every setting
-    defaults: Mapping[str, Any],  # name -> what stands there where nobody asked for anything
+    defaults: Mapping[str, Any],  # name -> default of every setting
 ) -> None:
     """Refuse a setting that was changed from its default and would be ignored."""
     for rule in rules:

@@ -70,7 +70,10 @@ def sample(trainer: Trainer, iteration: int) -> Rollout:
 
 # %% ../../nbs/training/13_trainer.ipynb #e8b82ed6
 def chunk_gains(trainer: Trainer, rollout: Rollout) -> dict[str, torch.Tensor] | None:
-    """Gains in value across the chunks of this process's samples; None if not asked for."""
+    """Gains in value across the chunks of this process's samples; None if not asked for.
+
+    Counts the evaluations of the network that all processes make for them.
+    """
     config = trainer.config
     continuations = config.objective.value_continuations
     if not continuations:
@@ -86,7 +89,7 @@ def chunk_gains(trainer: Trainer, rollout: Rollout) -> dict[str, torch.Tensor] |
 
 
 def gather_experience(trainer: Trainer, rollout: Rollout) -> Experience:
-    """The samples of all processes."""
+    """Rewards and dynamics of the samples of all processes, and gains where they are asked for."""
     gather = trainer.backend.gather
     gains = chunk_gains(trainer, rollout)
     experience = Experience(
@@ -157,6 +160,11 @@ def _count_evaluations(trainer: Trainer, gradient: UpdateGradient) -> None:
     trainer.evaluations["ratio"] += ratio
     trainer.evaluations["trained"] += trained
 
+
+def _summed(trainer: Trainer, value: float) -> float:
+    """The sum of a number over all processes."""
+    return float(trainer.backend.gather(torch.tensor([value], dtype=torch.float64)).sum())
+
 # %% ../../nbs/training/13_trainer.ipynb #9a9050cb
 def optimise(
     trainer: Trainer,
@@ -168,44 +176,41 @@ def optimise(
 ) -> Update:
     """One step along the gradient of the chunk objective.
 
-    Raises FloatingPointError where gradient or weights are not finite, MemoryError where memory
-    does not suffice.
+    Raises FloatingPointError for values that are not finite, MemoryError for too little memory.
     """
-    t, backend, rollout = trainer, trainer.backend, experience.rollout
-    settings = t.config.optimisation
-    first = rollout.samples[0]
-    mine = range(first, first + len(rollout.samples))
-    t.optimizer.zero_grad()
+    backend, policy, rollout = trainer.backend, trainer.policy, experience.rollout
+    settings, first = trainer.config.optimisation, rollout.samples[0]
+    trainer.optimizer.zero_grad()
     with _explained_memory("micro_batch", settings.micro_batch, "or set gradient_checkpointing"):
         gradient = accumulate_gradient(
-            t.policy,
+            policy,
             rollout,
             assignment,
-            [i - first for i in samples if i in mine],
+            [i - first for i in samples if i in rollout.samples],
             region,
             on_policy=number == 0,
             num_samples=len(samples),
             micro_batch=settings.micro_batch,
-            kl_weight=t.config.objective.kl_weight,
+            kl_weight=trainer.config.objective.kl_weight,
             differentiator=backend,
         )
     moves = backend.any(not gradient.is_zero)
-    norm = backend.step(t.policy, t.optimizer, settings.max_grad_norm, moves)
-    _check_finite(t, norm, experience, number)
-    learning_rate = t.schedule.get_last_lr()[0]
+    norm = backend.step(policy, trainer.optimizer, settings.max_grad_norm, moves)
+    _check_finite(trainer, norm, experience, number)
+    learning_rate = trainer.schedule.get_last_lr()[0]
     if moves:
-        t.schedule.step()
-    _count_evaluations(t, gradient)
+        trainer.schedule.step()
+    _count_evaluations(trainer, gradient)
     return Update(
         experience,
         assignment,
         region,
         number,
         samples,
-        PolicyChange(*map(backend.gather, gradient.change)),
-        float(backend.gather(torch.tensor([gradient.kl], dtype=torch.float64)).sum()),
-        norm,
-        learning_rate,
+        change=PolicyChange(*map(backend.gather, gradient.change)),
+        kl=_summed(trainer, gradient.kl),
+        grad_norm=norm,
+        learning_rate=learning_rate,
     )
 
 # %% ../../nbs/training/13_trainer.ipynb #b08d9b91
