@@ -42,6 +42,12 @@ class Processes:
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
+        self.own_disk = False  # whether this process does not see the main one's files
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes checkpoints: one for each disk."""
+        return self.is_main or (self.own_disk and self.accelerator.is_local_main_process)
 
     @property
     def is_main(self) -> bool:
@@ -245,7 +251,7 @@ def _local_weights(self: FullySharded, policy: Policy) -> Iterator[Tensor]:
 @patch
 def _whole(self: FullySharded, tensor: Tensor) -> Tensor:
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.cpu() if self.is_main else torch.empty(0)
+    return whole.cpu() if self.writes else torch.empty(0)
 
 
 @patch

@@ -28,9 +28,14 @@ from .config import Config
 from chunk_grpo_nb.training.checkpoints import (
     Checkpoint,
     check_resume,
-    find_checkpoint,
     rewind,
     save_checkpoint,
+)
+from chunk_grpo_nb.training.nodes import (
+    alone_or_later,
+    common_checkpoint,
+    find_disk,
+    raise_together,
 )
 from .records import RunFolder, hash_inputs, lock_run, run_manifest
 from .rollout import derive_seed, scorer
@@ -168,7 +173,8 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         allow_changed_inputs: bool = False,  # of a resume: go on with other prompts or weights
     ):
-        _check_folder(config, out_dir, bool(resume), allow_changed_inputs)
+        folder = (config, out_dir, bool(resume), allow_changed_inputs)
+        trouble = alone_or_later(lambda: _check_folder(*folder))
         self.config = config
         self.allow_changed_inputs = allow_changed_inputs
         self.prompts = load_prompts(config.data.train_prompts)
@@ -180,6 +186,7 @@ class Trainer:
         for name, options in rewards.items():
             reward_recipe(name, **options)  # refuses bad ones, loads nothing
         self.backend = make_backend(config, out_dir)
+        raise_together(self.backend, trouble)
         rewards = make_rewards(rewards, device=self.backend.device)
         for reward in rewards.values():
             check_reachable(reward)
@@ -311,7 +318,7 @@ def save(self: Trainer) -> None:
     parts = self.backend.parts(state)
     state |= _loop_state(self)
     self.backend.wait()
-    if self.is_main:
+    if self.backend.writes:
         keep = self.config.run.keep_checkpoints
         save_checkpoint(self.run, self.done, state, keep=keep, parts=parts)
     self.saved = self.done
@@ -320,7 +327,7 @@ def save(self: Trainer) -> None:
 # %% ../../nbs/training/12_state.ipynb #5f33c170
 def _start(trainer: Trainer, out_dir: str | Path) -> RunFolder:
     """A new run folder; prompts that are longer than the text encoder reads are listed."""
-    config, policy = trainer.config, trainer.policy
+    policy = trainer.policy
     _warn_of_guidance(trainer)
     cut = policy.truncated_prompts([p.text for p in trainer.prompts])
     if cut:
@@ -329,14 +336,22 @@ def _start(trainer: Trainer, out_dir: str | Path) -> RunFolder:
             f"encoder reads, such as {cut[0][:200]!r}; all are listed in manifest.json",
             stacklevel=3,
         )
+    more = {"processes": trainer.backend.num_processes, "truncated_prompts": cut}
     if trainer.is_main:
-        files = input_files(config, policy.pipe.name_or_path)
-        manifest = run_manifest(config, str(trainer.backend.device), files)
-        more = {"processes": trainer.backend.num_processes, "truncated_prompts": cut}
-        run = RunFolder.create(out_dir, config, manifest | more)
-        trainer.held.enter_context(lock_run(run))
+        _create(trainer, out_dir, more)
+    find_disk(trainer.backend, out_dir)
+    if trainer.backend.writes and not trainer.is_main:
+        _create(trainer, out_dir, more)
     trainer.backend.wait()
     return RunFolder.open(out_dir)
+
+
+def _create(trainer: Trainer, out_dir: str | Path, more: dict) -> None:
+    """A new run folder on this disk, held by this process."""
+    config = trainer.config
+    files = input_files(config, trainer.policy.pipe.name_or_path)
+    manifest = run_manifest(config, str(trainer.backend.device), files)
+    trainer.held.enter_context(lock_run(RunFolder.create(out_dir, config, manifest | more)))
 
 
 _NEEDED = ("model", "optimizer", "done", "schedule", "evaluations", "chunker", "callbacks")
@@ -347,13 +362,14 @@ def _resume(trainer: Trainer, out_dir: str | Path, which: bool | str | Path) -> 
     run = RunFolder.open(out_dir)
     files = input_files(trainer.config, trainer.policy.pipe.name_or_path)
     changes = check_resume(run, trainer.config, hash_inputs(files), trainer.allow_changed_inputs)
-    if trainer.is_main:
+    find_disk(trainer.backend, out_dir)
+    if trainer.backend.writes:
         trainer.held.enter_context(lock_run(run))
-    checkpoint = find_checkpoint(run, which, needs=_NEEDED)
+    checkpoint = common_checkpoint(trainer.backend, run, which, _NEEDED)
     if checkpoint:
         _load_state(trainer, checkpoint)
     trainer.backend.wait()
-    if trainer.is_main:
+    if trainer.backend.writes:
         rewind(run, checkpoint, trainer.config, changes)
     trainer.backend.wait()
     return run
