@@ -12,7 +12,7 @@ from pathlib import Path
 from .arguments import at_least_0, at_least_1, new_file
 
 # %% auto #0
-__all__ = ['open_policy', 'add_model_arguments', 'add_evaluate', 'add_sample', 'add_benchmark']
+__all__ = ['open_policy', 'add_model_arguments', 'add_evaluate', 'add_sample', 'add_benchmark', 'add_merge']
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #5a865dc2
 def _settings_of(source: str | Path):
@@ -31,16 +31,14 @@ def _batch_of(source: str | Path, asked: int | None) -> int:
 
 
 def _lora_of(folder: Path) -> tuple[int, float | None]:
-    """Rank and strength of the LoRA in a folder of weights; rank 0 where it has none."""
-    from chunk_grpo_nb.models.adapters import LORA_FILE, read_lora_file
+    """Rank and strength of the LoRA in a file or folder; rank 0 where it has none."""
+    from chunk_grpo_nb.models.adapters import LORA_FILE, read_lora_file, size_in_file
 
-    if not (folder / LORA_FILE).is_file():
+    path = folder / LORA_FILE if folder.is_dir() else folder
+    if not path.is_file():
         return 0, None
-    found = read_lora_file(folder / LORA_FILE)
-    if found.size:
-        return found.size.rank, found.size.alpha
-    rank = next(len(value) for name, value in found.weights.items() if "lora_A" in name)
-    return rank, rank  # without a note of it, diffusers takes alpha = rank
+    size = size_in_file(read_lora_file(path), path)
+    return size.rank, size.alpha
 
 # %% ../../nbs/analysis/16_model_commands.ipynb #8227fb68
 def open_policy(
@@ -71,10 +69,19 @@ def open_policy(
                 f"{source} has no trained weights yet (no folder {weights.name}); "
                 "let it finish, or ask for the base model with --base"
             )
-    model, dtype = config.policy.model, config.policy.dtype
+    if base:  # what the run started from
+        weights = weights or config.policy.start_lora
     rank, alpha = _lora_of(Path(weights).expanduser()) if weights else (0, None)
-    policy = load_policy(model, dtype=dtype, device=device, lora_rank=rank, lora_alpha=alpha)
-    if weights:
+    policy = load_policy(
+        config.policy.model,
+        dtype=config.policy.dtype,
+        device=device,
+        lora_rank=rank,
+        lora_alpha=alpha,
+        start_lora=weights if rank else None,
+        frozen_lora=config.policy.frozen_lora,
+    )
+    if weights and not rank:
         policy.load_weights(weights)
     sampler = evaluation_sampler(config)
     return policy, replace(sampler, **{k: v for k, v in sampling.items() if v is not None})
@@ -318,3 +325,26 @@ def add_benchmark(add) -> None:
     p.add_argument("--limit", type=at_least_1, help="only the first so many prompts")
     p.add_argument("--score", action="store_true", help="score here too (geneval only)")
     p.add_argument("--out", required=True, help="folder to fill; goes on where it was cut off")
+
+# %% ../../nbs/analysis/16_model_commands.ipynb #542ee3b5
+def _merge(a: argparse.Namespace) -> None:
+    out = Path(a.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder; choose another --out")
+    policy, _ = open_policy(a.model, "cpu", weights=a.weights)
+    print(f"pipeline with merged weights: {policy.merge(out)}")
+
+
+def add_merge(add) -> None:
+    """The command `merge`; `add` makes its parser."""
+    p = add(
+        "merge",
+        _merge,
+        "write a pipeline with a LoRA merged into its weights, for from_pretrained",
+        "chunk-grpo merge runs/first --out merged",
+    )
+    p.add_argument("model", help=_MODEL)
+    p.add_argument(
+        "--weights", "--lora", help="folder or file of trained weights; default: a run's"
+    )
+    p.add_argument("--out", required=True, help="folder to make")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,22 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LORA_ADAPTER', 'LORA_FILE', 'COMFYUI_FILE', 'swapped_weights', 'adapters_off', 'LoraSize', 'lora_size', 'add_lora',
-           'save_trained', 'LoraFile', 'read_lora_file', 'save_without_metadata', 'load_trained']
+__all__ = ['LORA_ADAPTER', 'FROZEN_ADAPTER', 'LORA_FILE', 'COMFYUI_FILE', 'activate_adapters', 'swapped_weights', 'adapters_off',
+           'LoraSize', 'lora_size', 'add_lora', 'save_trained', 'LoraFile', 'read_lora_file', 'save_without_metadata',
+           'size_in_file', 'check_lora_size', 'lora_modules', 'load_lora', 'load_trained', 'lora_file',
+           'add_frozen_lora', 'merge_adapters']
+
+# %% ../../nbs/models/10_adapters.ipynb #4e317c13
+LORA_ADAPTER = "default"  # name of the adapter that is trained
+FROZEN_ADAPTER = "frozen"  # name of one that is kept beside it
+
+
+def activate_adapters(transformer: torch.nn.Module) -> None:
+    """Let all adapters of the transformer act; the frozen one requires no gradients."""
+    transformer.set_adapter(list(transformer.peft_config))
+    for name, p in transformer.named_parameters():
+        if f".{FROZEN_ADAPTER}." in name:
+            p.requires_grad_(False)
 
 # %% ../../nbs/models/10_adapters.ipynb #bd215c03
 @contextmanager
@@ -39,20 +54,27 @@ def swapped_weights(
 
 @contextmanager
 def adapters_off(transformer: torch.nn.Module) -> Iterator[None]:
-    """Inside, the transformer is its base model. What requires gradients is left as it was."""
+    """Inside, the transformer is without its trained adapter; a frozen one stays.
+
+    What requires gradients is left as it was.
+    """
     trained = [(p, p.requires_grad) for p in transformer.parameters()]
-    transformer.disable_adapters()
+    frozen = FROZEN_ADAPTER in transformer.peft_config
+    if frozen:
+        transformer.set_adapter(FROZEN_ADAPTER)
+    else:
+        transformer.disable_adapters()
     try:
         yield
     finally:
-        transformer.enable_adapters()  # makes every active adapter require gradients
+        if frozen:
+            activate_adapters(transformer)
+        else:
+            transformer.enable_adapters()  # makes every active adapter require gradients
         for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
 
 # %% ../../nbs/models/10_adapters.ipynb #88e0a006
-LORA_ADAPTER = "default"  # name of the adapter that is trained
-
-
 @dataclass(frozen=True)
 class LoraSize:
     """Rank and strength of a LoRA; the layers' change is scaled by alpha / rank."""
@@ -98,7 +120,10 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(config, adapter_name=LORA_ADAPTER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            transformer.add_adapter(config, adapter_name=LORA_ADAPTER)
+    activate_adapters(transformer)
     for p in transformer.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -223,27 +248,56 @@ def save_without_metadata(folder: Path) -> Path:
     save_file(weights, path)
     return path
 
-# %% ../../nbs/models/10_adapters.ipynb #88e0a008
-def _load_lora(transformer: torch.nn.Module, path: Path) -> None:
-    """Put the weights of a LoRA file into the LoRA of `transformer`."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+# %% ../../nbs/models/10_adapters.ipynb #a5219733
+def size_in_file(file: LoraFile, path: Path) -> LoraSize:
+    """Rank and strength of a LoRA file; without a note of them diffusers takes alpha = rank."""
+    if file.size:
+        return file.size
+    ranks = [len(value) for name, value in file.weights.items() if ".lora_A." in name]
+    if not ranks:
+        raise ValueError(f"{path} holds no LoRA: none of its weights is a lora_A")
+    return LoraSize(ranks[0], ranks[0])
 
-    file = read_lora_file(path)
-    config = transformer.peft_config[LORA_ADAPTER]
-    ours = LoraSize(config.r, config.lora_alpha)
-    ranks = [len(value) for name, value in file.weights.items() if "lora_A" in name]
-    rank = ranks[0] if ranks else ours.rank
-    theirs = file.size or LoraSize(rank, rank)  # without metadata, diffusers takes alpha = rank
+
+def check_lora_size(path: Path, file: LoraFile, ours: LoraSize) -> None:
+    """Refuse a file of another rank or strength, naming both."""
+    theirs = size_in_file(file, path)
     if theirs != ours:
         raise ValueError(
             f"{path} has {theirs}, this policy has {ours}: load with the same lora_rank and "
             "lora_alpha as the file"
         )
+
+
+def lora_modules(names: Iterable[str]) -> list[str]:
+    """The modules that a LoRA changes, from the names of its weights."""
+    return sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name})
+
+
+def _differing(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
+    """What tells the weights of two LoRAs apart, in words."""
+    there, here = lora_modules(theirs), lora_modules(ours)
+    alone = {"the file": set(there) - set(here), "this policy": set(here) - set(there)}
+    parts = []
+    for who, only in alone.items():
+        if only:
+            shown = ", ".join(sorted(only)[:2])
+            parts.append(f"{len(only)} target modules are in {who} alone, such as {shown}")
+    return "; ".join(parts) or "the same target modules in other shapes"
+
+# %% ../../nbs/models/10_adapters.ipynb #88e0a008
+def load_lora(transformer: torch.nn.Module, path: Path) -> None:
+    """Put the weights of a LoRA file into the LoRA of `transformer`."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    file = read_lora_file(path)
+    config = transformer.peft_config[LORA_ADAPTER]
+    check_lora_size(path, file, LoraSize(config.r, config.lora_alpha))
     weights = get_peft_model_state_dict(transformer, adapter_name=LORA_ADAPTER)
     expected = {name: value.shape for name, value in weights.items()}
     if {name: value.shape for name, value in file.weights.items()} != expected:
         raise ValueError(
-            f"{path} does not fit this LoRA ({len(file.weights)} tensors for {len(expected)}): "
+            f"{path} does not fit this LoRA ({_differing(file.weights, weights)}): "
             "load with the same lora_rank and lora_targets"
         )
     set_peft_model_state_dict(transformer, file.weights, adapter_name=LORA_ADAPTER)
@@ -258,7 +312,67 @@ def load_trained(pipe, folder: str | Path, lora: bool) -> None:
             f"{'LoRA' if lora else 'full'} training, as Policy.save writes them"
         )
     if lora:
-        _load_lora(pipe.transformer, place)
+        load_lora(pipe.transformer, place)
     else:
         stored = type(pipe.transformer).from_pretrained(place)
         pipe.transformer.load_state_dict(stored.state_dict())
+
+# %% ../../nbs/models/10_adapters.ipynb #390174fa
+def lora_file(source: str | Path) -> Path:
+    """The LoRA file that `source` means: itself, or that of a folder as `Policy.save` writes it.
+
+    Raises FileNotFoundError, or ValueError for a run folder and for full weights.
+    """
+    path = Path(source).expanduser()
+    if (path / "config.yaml").is_file():
+        raise ValueError(
+            f"{path} is a run, which is resumed (chunk-grpo train --resume --out {path}); a warm "
+            f"start takes its weights alone: start_lora = {path / 'policy'}"
+        )
+    if (path / "transformer").is_dir():
+        raise ValueError(
+            f"{path} holds full weights, no LoRA: make a pipeline folder of them "
+            "(chunk-grpo merge) and give that as model"
+        )
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"no LoRA at {file}: give the file, or the folder that holds it")
+    return file
+
+
+def add_frozen_lora(transformer: torch.nn.Module, path: Path) -> None:
+    """Put the LoRA of a file beside the trained one; none of its weights requires gradients."""
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    file = read_lora_file(path)
+    size = size_in_file(file, path)
+    modules = lora_modules(file.weights)
+    known = dict(transformer.named_modules())
+    if missing := [name for name in modules if name not in known]:
+        raise ValueError(
+            f"{path} is of another model: {len(missing)} of its {len(modules)} target modules are "
+            f"not in {type(transformer).__name__}, such as {missing[0]}"
+        )
+    config = LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=modules)
+    transformer.add_adapter(config, adapter_name=FROZEN_ADAPTER)
+    try:
+        set_peft_model_state_dict(transformer, file.weights, adapter_name=FROZEN_ADAPTER)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another model: {str(error)[:200]}") from error
+    activate_adapters(transformer)
+
+# %% ../../nbs/models/10_adapters.ipynb #1576b23e
+def merge_adapters(transformer: torch.nn.Module) -> None:
+    """Add what all adapters change to the weights themselves, and take the adapters away.
+
+    In the precision of the weights. Raises ValueError for quantised ones.
+    """
+    if not getattr(transformer, "peft_config", None):
+        return
+    whole = [p for n, p in transformer.named_parameters() if ".base_layer." in n]
+    if not all(p.is_floating_point() for p in whole):
+        raise ValueError(
+            "a LoRA cannot be merged into quantised weights: load the base model in bfloat16"
+        )
+    transformer.fuse_lora(adapter_names=list(transformer.peft_config), safe_fusing=True)
+    transformer.unload_lora()

@@ -5,6 +5,7 @@
 # %% ../../nbs/models/11_policy.ipynb #c5fdb26b
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,10 +21,17 @@ __all__ = ['Policy', 'load_policy', 'Sampler', 'Recording', 'ReplayError', 'chec
 
 # %% ../../nbs/models/11_policy.ipynb #f11dd042
 from chunk_grpo_nb.models.adapters import (
+    LoraSize,
     adapters_off,
+    add_frozen_lora,
     add_lora,
+    check_lora_size,
+    lora_file,
+    load_lora,
     load_trained,
     lora_size,
+    merge_adapters,
+    read_lora_file,
     save_trained,
     swapped_weights,
 )
@@ -145,6 +153,22 @@ def save(self: Policy, folder: str | Path) -> Path:
 def load_weights(self: Policy, folder: str | Path) -> None:
     """Read what `save` wrote."""
     load_trained(self.pipe, folder, self.lora)
+
+# %% ../../nbs/models/11_policy.ipynb #019a2c74
+@patch
+def merge(self: Policy, folder: str | Path) -> Path:
+    """Write the whole pipeline, adapters merged into its weights, for `from_pretrained`.
+
+    Afterwards the policy is that model, without adapters. Raises ValueError for quantised weights.
+    """
+    folder = Path(folder).expanduser()
+    merge_adapters(self.transformer)
+    self.lora = False
+    self.pipe.save_pretrained(folder)
+    if self.world:
+        text = json.dumps(self.world, indent=1)
+        (folder / "world.json").write_text(text + "\n", encoding="utf-8")
+    return folder
 
 # %% ../../nbs/models/11_policy.ipynb #89e0a003
 @patch
@@ -346,12 +370,32 @@ def sampled(
     return sampled_transition(recording, rows, steps, self.device)
 
 # %% ../../nbs/models/11_policy.ipynb #89e0a009
-def _prepare_parts(pipe, device: torch.device, offload_text: bool) -> None:
+def _prepare_parts(pipe, device: torch.device, offload_text: bool, vae_tiling: bool) -> None:
     """Freeze every model of the pipeline, and move it to its place."""
+    if vae_tiling:
+        pipe.vae.enable_tiling()
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             stays = offload_text and name.startswith("text_encoder")
             part.requires_grad_(False).eval().to("cpu" if stays else device)
+
+# %% ../../nbs/models/11_policy.ipynb #ad6a0826
+def _lora_files(size: LoraSize | None, start, frozen) -> tuple[Path | None, Path | None]:
+    """The files of the adapters, checked as far as they can be without the model."""
+    start = lora_file(start) if start else None
+    frozen = lora_file(frozen) if frozen else None
+    if start and not size:
+        raise ValueError(f"start_lora = {start}: needs a LoRA to start; set lora_rank")
+    if start:
+        check_lora_size(start, read_lora_file(start), size)
+    return start, frozen
+
+
+def _all_weights(transformer: torch.nn.Module, keep: bool) -> dict[str, Tensor] | None:
+    """Make all weights trainable; a frozen copy of them on the CPU, if it is to be kept."""
+    transformer.requires_grad_(True)
+    named = transformer.named_parameters()
+    return {name: p.detach().cpu().clone() for name, p in named} if keep else None
 
 # %% ../../nbs/models/11_policy.ipynb #ec7ddc59
 def load_policy(
@@ -369,6 +413,8 @@ def load_policy(
     vae_tiling: bool = False,  # decode large images in tiles
     store_on: str | None = None,  # trajectories on "cpu" or in "pinned" memory; None = device
     seed: int = 0,  # of the LoRA's initial weights
+    start_lora: str | Path | None = None,  # file or folder whose weights the LoRA begins with
+    frozen_lora: str | Path | None = None,  # file or folder of a LoRA that stays as it is
 ) -> Policy:
     """Load a pipeline and make its transformer trainable.
 
@@ -377,27 +423,24 @@ def load_policy(
     place, size = parse_device(device), lora_size(lora_rank, lora_alpha) if lora_rank else None
     precision = parse_dtype(autocast) if autocast else None
     state_store(store_on)
+    start, frozen = _lora_files(size, start_lora, frozen_lora)
     from_disk = isinstance(model, (str, Path))
     loaded = load_pipeline(model, dtype) if from_disk else LoadedPipeline(model, {})
     pipe, family = loaded.pipe, family_of(loaded.pipe)
     flow_scheduler(pipe)  # refuses a schedule that cannot be replayed
-    _prepare_parts(pipe, place, offload_text)
-    if vae_tiling:
-        pipe.vae.enable_tiling()
+    _prepare_parts(pipe, place, offload_text, vae_tiling)
     if gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
-    base = None
+    if frozen:
+        add_frozen_lora(pipe.transformer, frozen)
     if size:
         add_lora(pipe.transformer, size, lora_targets or family.lora_targets, seed)
-    else:
-        pipe.transformer.requires_grad_(True)
-        if keep_reference:
-            named = pipe.transformer.named_parameters()
-            base = {name: p.detach().cpu().clone() for name, p in named}
+    if start:
+        load_lora(pipe.transformer, start)
     return Policy(
         pipe,
         size is not None,
-        base,
+        None if size else _all_weights(pipe.transformer, keep_reference),
         world=loaded.world,
         autocast=precision,
         offload_text=offload_text,

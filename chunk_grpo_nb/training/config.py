@@ -160,7 +160,7 @@ _IDLE = (
         "is ignored where the window stays, with window_stride = 0; leave it out, or set a stride",
     ),
     Idle(
-        ("lora_alpha",),
+        ("lora_alpha", "start_lora", "frozen_lora"),
         lambda config: not config.policy.lora_rank,
         "has no meaning with lora_rank = 0; set a rank",
     ),
@@ -213,11 +213,14 @@ def _check_name(name: Any) -> None:
     raise ValueError(f"config: unknown setting {shown(name)}{nearest(name, _GROUP_OF)}")
 
 
+_PATHS = ("model", "train_prompts", "validation_prompts", "start_lora", "frozen_lora")
+
+
 def _as_meant(name: str, value: Any) -> Any:
     """A value as typed in a file or a shell: an unquoted `no`, a `~` for the home folder."""
     if name == "mixed_precision" and value is False:
         return "no"
-    is_path = name in ("model", "train_prompts", "validation_prompts")
+    is_path = name in _PATHS
     if is_path and isinstance(value, str) and value.startswith("~/"):
         return str(Path(value).expanduser())
     return value

@@ -182,6 +182,10 @@ def _origin(config: Config) -> str:
     if config.policy.lora_rank:
         alpha = config.policy.lora_alpha or 2 * config.policy.lora_rank
         kind = f"a LoRA of rank {config.policy.lora_rank}, alpha {alpha}"
+        if config.policy.start_lora:
+            kind += f", begun with the weights of `{config.policy.start_lora}`"
+        if config.policy.frozen_lora:
+            kind += f", beside the frozen LoRA `{config.policy.frozen_lora}`, which is loaded too"
     rewards = ", ".join(f"`{k}` (weight {v:g})" for k, v in config.objective.reward_weights.items())
     lines = [
         f"- base model: `{config.policy.model}`, whose licence applies",

@@ -136,6 +136,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, it holds a {type(value).__name__}")
     return value
 
+# %% ../../nbs/training/03_records.ipynb #ce17e9be
+def _what_it_is(path: Path) -> str:
+    """What a folder holds that is taken for a run's, and what it is for; nothing if unknown."""
+    if any(path.glob("*lora*.safetensors")):
+        return (
+            "; it holds a LoRA, which a new run starts from (a warm start: start_lora = "
+            f"{path}), while a resume needs the folder of the run itself"
+        )
+    if (path / "transformer").is_dir():
+        return "; it holds weights of a model, which a new run starts from as its model"
+    return ""
+
 # %% ../../nbs/training/03_records.ipynb #cc740cbd
 class RunFolder:
     """One run on disk. `create` starts one, `open` reads one."""
@@ -179,7 +191,8 @@ class RunFolder:
         run = cls(path)
         for name in ("config.yaml", "manifest.json"):
             if not (run.path / name).is_file():
-                raise FileNotFoundError(f"{run.path} is not a run folder: it has no {name}")
+                more = _what_it_is(run.path)
+                raise FileNotFoundError(f"{run.path} is not a run folder: it has no {name}{more}")
         return run
 
     def save_config(self, config: Config) -> None:

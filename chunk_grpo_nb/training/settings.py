@@ -39,6 +39,12 @@ class PolicySettings(Group):
         0, "0 trains all transformer weights, r > 0 a LoRA of that rank", at_least=0, at_most=4096
     )
     lora_alpha: int | None = setting(None, "LoRA scale; None means 2 * rank", at_least=1)
+    start_lora: str | None = setting(
+        None, "file or folder of a LoRA: a new run begins with its weights (a warm start)"
+    )
+    frozen_lora: str | None = setting(
+        None, "file or folder of a LoRA that stays as it is beside the trained one"
+    )
     dtype: str = setting(
         "float32",
         "of the frozen weights",

@@ -104,6 +104,8 @@ def make_policy(config: Config, device: str = "cpu") -> Policy:
         device=device,
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
+        start_lora=settings.start_lora,
+        frozen_lora=settings.frozen_lora,
         keep_reference=config.objective.kl_weight > 0,
         autocast="bfloat16" if settings.mixed_precision == "bf16" else None,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -115,13 +117,15 @@ def make_policy(config: Config, device: str = "cpu") -> Policy:
 
 # %% ../../nbs/training/12_state.ipynb #498533e8
 def input_files(config: Config, model: str | Path) -> dict[str, str | Path]:
-    """Name -> file or folder of what a run reads: base weights and prompts."""
+    """Name -> file or folder of what a run reads: base weights, adapters, prompts."""
     prompts = {
         "train_prompts": config.data.train_prompts,
         "validation_prompts": config.data.validation_prompts,
     }
     files = {name: packaged_prompts(value) or value for name, value in prompts.items()}
-    return {"model": model, **files}
+    policy = config.policy
+    loras = {"start_lora": policy.start_lora, "frozen_lora": policy.frozen_lora}
+    return {"model": model, **files, **{name: path for name, path in loras.items() if path}}
 
 # %% ../../nbs/training/12_state.ipynb #99f84efb
 def check_pictures(config: Config, prompts: Sequence[Prompt]) -> None:
