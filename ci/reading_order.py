@@ -38,7 +38,7 @@ PARTS = (
     Part(
         "More experiments",
         "experiments/0[2-9]_*.ipynb",
-        "one run, many compared, credit, dynamics, the paper's claims, hybrid inference",
+        "one run, many compared, credit, dynamics, the paper's claims, speed, hybrid inference",
         optional=True,
     ),
     Part(

@@ -23,6 +23,7 @@ from result_pages import (
     headline_results,
     read_json,
 )
+from speed_page import speed_table
 
 README = ROOT / "README.md"
 ABLATION_PAGE = RESULTS / "ablation" / "README.md"
@@ -48,6 +49,7 @@ def rendered_readme() -> str:
         "results": headline_results(),
         "claims": claims_table(),
         "ablation": ablation_summary(),
+        "speed": speed_table(),
         "support": text_of("support.md"),
         "map": readme_map(),
     }

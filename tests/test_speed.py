@@ -179,3 +179,16 @@ def test_versions_are_timed_in_turns(tmp_path):
     assert table["version"].tolist() == ["a", "b"] * 2
     assert (table["seconds"] > 0).all()
     assert table["weights"].nunique() == 4  # another seed, and weights that move
+
+
+def test_the_readme_shows_the_committed_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(RESULTS.parent.parent / "ci"))
+    from speed_page import gain_sentence, shown, speed_table
+
+    assert shown({"median": 0.5, "low": 0.4, "high": 0.61}, "{:.0%}") == "50% [40%, 61%]"
+    arm = {"arm": "a", "reached": 2, "runs": 3, "evaluations": 10, "evaluations_low": 5}
+    record = {"reward": "r", "gain": 0.5}
+    known, never = arm | {"evaluations_high": 20}, arm | {"arm": "b", "evaluations_high": None}
+    text = gain_sentence({"time_to_gain": record | {"arms": [known, never]}})
+    assert "a 10 [5, 20] (2 of 3 runs); b 10 [5, never] (2 of 3 runs)" in text
+    assert "| embedded, " in speed_table()
