@@ -2604,6 +2604,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'chunk_grpo_nb/training/settings.py'),
                                                  'chunk_grpo_nb.training.settings._check_window': ( 'training/settings.html#_check_window',
                                                                                                     'chunk_grpo_nb/training/settings.py'),
+                                                 'chunk_grpo_nb.training.settings._metrics': ( 'training/settings.html#_metrics',
+                                                                                               'chunk_grpo_nb/training/settings.py'),
                                                  'chunk_grpo_nb.training.settings._options': ( 'training/settings.html#_options',
                                                                                                'chunk_grpo_nb/training/settings.py'),
                                                  'chunk_grpo_nb.training.settings._sde_kinds': ( 'training/settings.html#_sde_kinds',

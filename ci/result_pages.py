@@ -164,6 +164,18 @@ def headline_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def question_rows(record: dict) -> list[list[str]]:
+    """A row per planned question: its answer in the trained reward."""
+    rows = []
+    for asked in record["questions"]:
+        answer = ["", "", ""]
+        if asked["seeds"]:
+            answer = [interval(asked), f"{asked['seeds']:.0f}", f"{asked['p (Holm)']:.3f}"]
+        pair = f"{asked['arm']} − {asked['against']}"
+        rows.append([asked["question"], pair, *answer, f"**{asked['verdict']}**"])
+    return rows
+
+
 def claims_table() -> str:
     """The paper's claims with their verdicts, from the record of the claims notebook."""
     file = RESULTS / "paper" / "claims.json"
@@ -187,8 +199,16 @@ def claims_table() -> str:
             f"an interval wholly inside ±{record['margin']} of the trained reward would count as "
             "no difference. A *hint* is an interval that excludes zero and was not planned, or not "
             "corrected. [The executed notebook](data/results/paper/06_claims.ipynb) "
-            "has the planned questions and Holm's correction over them.",
+            "has the figures.",
             markdown_table(header, rows),
+            "What a chunking does, taken apart: the five questions that were written down before "
+            "the runs, in the trained reward, with Holm's correction over all five.",
+            markdown_table(
+                ["question", "arms", "difference", "seeds", "p (Holm)", "answer"],
+                question_rows(record),
+            ),
+            "![Runs of every arm, a point each, and the base model]"
+            "(data/results/paper/shapes_pick.png)",
         ]
     )
 

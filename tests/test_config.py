@@ -224,3 +224,15 @@ def test_home_is_understood(tmp_path, monkeypatch):
     config = make_config(model="~/flux", train_prompts="~/p.txt")
     assert config.policy.model == f"{tmp_path}/flux"
     assert config.data.train_prompts == f"{tmp_path}/p.txt"
+
+
+def test_a_distance_that_is_registered_is_a_setting():
+    from chunk_grpo_nb.dynamics import METRICS, register_metric
+
+    with pytest.raises(ValueError, match="metric = 'largest': must be one of l1, l2, cosine"):
+        make_config(metric="largest")
+    register_metric("largest")(lambda a, b: (b - a).abs().amax(-1))
+    try:
+        assert make_config(metric="largest").objective.metric == "largest"
+    finally:
+        del METRICS["largest"]

@@ -238,3 +238,11 @@ def test_functions_are_short(path):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= 60, f"{node.name} has {lines} lines, at most 60"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent.name for path in (ROOT / "nbs").glob("*/[0-9][0-9]_*.ipynb")})
+)
+def test_notebooks_are_numbered_without_twins_or_gaps(folder):
+    found = sorted(int(path.name[:2]) for path in (ROOT / "nbs" / folder).glob("[0-9]*.ipynb"))
+    assert found == list(range(found[0], found[0] + len(found)))

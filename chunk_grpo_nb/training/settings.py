@@ -29,6 +29,13 @@ def _sde_kinds() -> tuple[str, ...]:
 
     return tuple(kind for kind in SDE_KINDS if kind != "ode")
 
+
+def _metrics() -> tuple[str, ...]:
+    """The distances that are registered."""
+    from chunk_grpo_nb.dynamics import METRICS
+
+    return tuple(METRICS)
+
 # %% ../../nbs/training/01_settings.ipynb #21d19a53
 @dataclass(frozen=True)
 class PolicySettings(Group):
@@ -201,7 +208,7 @@ class ObjectiveSettings(Group):
     )
     advantage_clip: float = setting(5.0, "advantages are cut to plus or minus this", above=0)
     chunker: str = setting("adaptive:mean", "how steps are cut; see `chunking.make_chunker`")
-    metric: str = setting("l1", "distance of the dynamics", choices=("l1", "l2", "cosine"))
+    metric: str = setting("l1", "distance of the dynamics", choices=_metrics)
     selection: str = setting(
         "uniform", "chunks that are trained: uniform, weighted (eq. 17), anneal, only:0,2"
     )
