@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from colab import colab_notebooks, settings, with_colab
+from launch_table import launch_table
 from migration_page import PAGE as MIGRATION_PAGE
 from migration_page import migration_page
 from reading_order import index_map, readme_map, unlisted
@@ -50,6 +51,7 @@ def rendered_readme() -> str:
         "claims": claims_table(),
         "ablation": ablation_summary(),
         "speed": speed_table(),
+        "launch": launch_table(),
         "support": text_of("support.md"),
         "map": readme_map(),
     }

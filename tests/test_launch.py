@@ -10,12 +10,17 @@ import pytest
 import yaml
 from tiny_runs import make_folder
 
+from chunk_grpo_nb.analysis.memory import card_bytes
 from chunk_grpo_nb.training.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "ci"))
+from launch_table import facts, planned  # noqa: E402
+
 LAUNCH = ROOT / "data/launch"
-PARAMETERS = sorted(LAUNCH.glob("flux_*.yaml"))
+PARAMETERS = [p for p in sorted(LAUNCH.glob("*.yaml")) if "model" in yaml.safe_load(p.read_text())]
 CONFIGS = sorted(set(LAUNCH.glob("*.yaml")) - set(PARAMETERS))
+PLANS = json.loads((LAUNCH / "plans.json").read_text())
 
 
 def test_every_kind_of_launch_has_a_file():
@@ -76,15 +81,32 @@ def test_deepspeed_files_are_complete(stage):
 
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
-def test_parameter_files_load(path):
+def test_parameter_files_load_and_fit_as_planned(path):
+    """Each makes a configuration; the record of its plan is of this file, below its card."""
+    config, plan = load_config(path), PLANS[path.stem]
+    assert (config.sampling.num_steps, config.sampling.noise_level) == (17, 0.7)
+    assert config.objective.chunker == "fixed:2,3,4,7"
+    assert facts(path.stem).items() <= plan.items(), "run python ci/launch_table.py"
+    assert 0 < plan["peak_gb"] * 1e9 <= card_bytes(plan["card"]) * (1 - plan["kept_free"])
+    assert plan["card"].replace("GB", " GB") in path.read_text().splitlines()[0]
+    assert LAUNCH / plan["launch"] in CONFIGS
+
+
+def test_every_plan_is_of_a_file():
+    assert set(PLANS) == {p.stem for p in PARAMETERS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
+def test_the_record_is_what_the_planner_says(name):
+    """Planned anew; half a minute or more each."""
+    assert planned(name) == PLANS[name]
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("flux_*.yaml")), ids=lambda p: p.stem)
+def test_files_of_the_papers_model_have_its_schedule_and_groups(path):
     config = load_config(path)
-    assert (
-        config.sampling.num_steps,
-        config.sampling.noise_level,
-        config.sampling.shift,
-        config.data.group_size,
-        config.objective.chunker,
-    ) == (17, 0.7, 3.0, 12, "fixed:2,3,4,7")
+    assert (config.sampling.shift, config.data.group_size) == (3.0, 12)
 
 
 def test_the_papers_settings():
