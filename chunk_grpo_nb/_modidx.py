@@ -45,6 +45,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'chunk_grpo_nb/analysis/architectures.py'),
                                                       'chunk_grpo_nb.analysis.architectures._traced_depth': ( 'analysis/architectures.html#_traced_depth',
                                                                                                               'chunk_grpo_nb/analysis/architectures.py'),
+                                                      'chunk_grpo_nb.analysis.architectures._z_image_call': ( 'analysis/architectures.html#_z_image_call',
+                                                                                                              'chunk_grpo_nb/analysis/architectures.py'),
                                                       'chunk_grpo_nb.analysis.architectures.build_config': ( 'analysis/architectures.html#build_config',
                                                                                                              'chunk_grpo_nb/analysis/architectures.py'),
                                                       'chunk_grpo_nb.analysis.architectures.build_transformer': ( 'analysis/architectures.html#build_transformer',

@@ -20,6 +20,7 @@ RUNS = {  # parameter file -> arguments of the planner, and a shape where the mo
     "flux_dev_lora_24gb": {"gpu": "24GB", "bits": 4, "shape": FLUX},
     "flux2_klein_lora_24gb": {"gpu": "24GB"},
     "qwen_image_lora_80gb": {"gpu": "80GB"},
+    "z_image_lora_48gb": {"gpu": "48GB"},
     "sd35_medium_lora_24gb": {"gpu": "24GB"},
     "sana_lora_24gb": {"gpu": "24GB", "shape": SANA},
 }

@@ -27,6 +27,7 @@ BILLIONS = {  # as published by the makers of each model
     "stabilityai/stable-diffusion-3.5-medium": 2.5,
     "stabilityai/stable-diffusion-3.5-large": 8.1,
     "Qwen/Qwen-Image": 20,
+    "Tongyi-MAI/Z-Image": 6,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1.6,
 }
 SMALL = {  # of each class of transformer: a configuration that a CPU runs in a moment
@@ -64,6 +65,14 @@ SMALL = {  # of each class of transformer: a configuration that a CPU runs in a 
         "attention_head_dim": 32,
         "axes_dims_rope": (8, 12, 12),
         "joint_attention_dim": 64,
+    },
+    "Tongyi-MAI/Z-Image": {
+        "dim": 128,
+        "n_layers": 5,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "cap_feat_dim": 64,
+        "axes_dims": (8, 12, 12),
     },
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": {
         "in_channels": 8,

@@ -147,6 +147,15 @@ _SANA = PipelineShape(
     compression=32,
     branches=2,
 )
+_Z_IMAGE = PipelineShape(
+    pipeline="ZImagePipeline",
+    transformer=("ZImageTransformer2DModel", {}),
+    depth=("n_layers",),
+    text_tokens=512,
+    text_parameters=4.02e9,
+    vae=("AutoencoderKL", _VAE16),
+    branches=2,
+)
 _NORM = {"qk_norm": "rms_norm"}
 _DUAL = {"dual_attention_layers": tuple(range(13)), "pos_embed_max_size": 384}
 SHAPES: dict[str, PipelineShape] = {  # hub id -> shape
@@ -159,6 +168,7 @@ SHAPES: dict[str, PipelineShape] = {  # hub id -> shape
     "stabilityai/stable-diffusion-3.5-medium": _sd3(24, (), **_NORM, **_DUAL),
     "stabilityai/stable-diffusion-3.5-large": _sd3(38, pos_embed_max_size=192, **_NORM),
     "Qwen/Qwen-Image": _QWEN,
+    "Tongyi-MAI/Z-Image": _Z_IMAGE,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": _SANA,
 }
 
@@ -272,6 +282,12 @@ def _qwen_call(config, rows: int, latent: tuple[int, int], text: int, dtype) -> 
         "encoder_hidden_states_mask": None,
     }
 
+
+def _z_image_call(config, rows: int, latent: tuple[int, int], text: int, dtype) -> dict:
+    one = torch.zeros(rows, config.in_channels, 1, *latent, dtype=dtype)
+    texts = torch.zeros(rows, text, config.cap_feat_dim, dtype=dtype)
+    return {"x": [*one], "t": torch.zeros(rows, dtype=dtype), "cap_feats": [*texts]}
+
 # %% ../../nbs/analysis/11_architectures.ipynb #43797715
 _CALLS: dict[str, Callable] = {
     "FluxTransformer2DModel": _flux_call,
@@ -279,6 +295,7 @@ _CALLS: dict[str, Callable] = {
     "QwenImageTransformer2DModel": _qwen_call,
     "SD3Transformer2DModel": _grid_call,
     "SanaTransformer2DModel": _grid_call,
+    "ZImageTransformer2DModel": _z_image_call,
 }
 
 

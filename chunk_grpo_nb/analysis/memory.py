@@ -86,7 +86,11 @@ def _reward_bytes(config: Config) -> tuple[float, list[str]]:
     return sum(known), notes
 
 # %% ../../nbs/analysis/13_memory.ipynb #635531d3
-_UNPACKED = ("SD3Transformer2DModel", "SanaTransformer2DModel")  # others pack 2 x 2 latents
+_UNPACKED = (  # others pack 2 x 2 latents
+    "SD3Transformer2DModel",
+    "SanaTransformer2DModel",
+    "ZImageTransformer2DModel",
+)
 
 
 def _states(config: Config, trained: int, size: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from chunk_grpo_nb.analysis.architectures import (
     default_dtype,
     transformer_call,
 )
+from ..models.families import FAMILIES
 from ..training.config import Config
 
 # %% auto #0
@@ -115,6 +116,7 @@ def run_transformer(
     if config.policy.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     call = transformer_call(shape, model.config, rows, *pixels(shape, config), dtype)
+    from_output = FAMILIES[shape.pipeline].from_output
     trained = [p for p in model.parameters() if p.requires_grad and backward]
     for p in trained:
         p.grad = torch.zeros_like(p)
@@ -122,11 +124,11 @@ def run_transformer(
     def once() -> None:
         with torch.set_grad_enabled(backward):
             with _autocast(config):
-                velocity = model(**call, return_dict=False)[0].float()
+                velocity = from_output(model(**call, return_dict=False)[0]).float()
             if backward:
                 velocity.square().mean().backward()
 
-    inputs = [v for v in call.values() if isinstance(v, Tensor)]
+    inputs = [v for v in tree_leaves(call) if isinstance(v, Tensor)]
     gradients = [p.grad for p in trained]
     return [*model.parameters(), *model.buffers(), *gradients, *inputs], once
 
