@@ -5,6 +5,7 @@
 # %% ../../nbs/models/05_embeddings.ipynb #84e0a003
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,11 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from .encoders import Embeddings
-from .families import Family, family_of, token_limit, tokenizer_of
+from chunk_grpo_nb.models.families import (
+    Family,
+    family_of,
+    never_guided,
+    token_limit,
+    tokenizer_of,
+)
 from ..sources import source_key
 
 # %% auto #0
-__all__ = ['PromptKey', 'take_rows', 'TextBatch', 'prompt_keys', 'text_batch', 'encoders_on_device', 'encode_one', 'PromptCache']
+__all__ = ['PromptKey', 'take_rows', 'TextBatch', 'prompt_keys', 'negative_prompts', 'text_batch', 'encoders_on_device',
+           'encode_one', 'PromptCache']
 
 # %% ../../nbs/models/05_embeddings.ipynb #69e1fac4
 def take_rows(values, index: Tensor):
@@ -58,6 +66,29 @@ def prompt_keys(
         return keys
     pairs = zip(keys, negatives, strict=True)
     return [key if negative is None else (key, negative) for key, negative in pairs]
+
+# %% ../../nbs/models/05_embeddings.ipynb #b31d3753
+def negative_prompts(
+    family: Family,
+    prompts: Sequence,  # texts, or prompts with a field of that name
+    guided: bool,  # whether an unconditional branch is drawn
+) -> list[str | None] | None:
+    """Negative prompts, one per image; None where no prompt has one. Warns where none is read.
+
+    Raises `ValueError` for a model without an unconditional branch.
+    """
+    found = [None if isinstance(prompt, str) else prompt.negative for prompt in prompts]
+    given = [negative for negative in found if negative is not None]
+    if given and family.is_guided is never_guided:
+        raise ValueError(
+            f"{family.name} has no unconditional branch that could read the negative prompt "
+            f"{given[0][:60]!r}: remove the field negative_prompt from the prompt file"
+        )
+    if given and not guided:
+        warnings.warn(
+            f"the negative prompt {given[0][:60]!r} has no effect without guidance", stacklevel=4
+        )
+    return found if given else None
 
 # %% ../../nbs/models/05_embeddings.ipynb #f5287eb6
 def text_batch(

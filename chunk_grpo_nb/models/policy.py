@@ -36,8 +36,8 @@ from chunk_grpo_nb.models.adapters import (
     swapped_weights,
 )
 from .calls import ReplayError
-from .embeddings import PromptCache
-from .families import family_of, never_guided
+from .embeddings import PromptCache, negative_prompts
+from .families import family_of
 from chunk_grpo_nb.models.pipelines import (
     LoadedPipeline,
     decode_latents,
@@ -203,22 +203,6 @@ def sources_of(
 
 # %% ../../nbs/models/11_policy.ipynb #13ac568d
 @patch
-def negatives_of(self: Policy, prompts: Sequence[str | Prompt]) -> list[str | None] | None:
-    """Negative prompts, one per image; None where no prompt has one.
-
-    Raises `ValueError` for a model without an unconditional branch.
-    """
-    found = [None if isinstance(prompt, str) else prompt.negative for prompt in prompts]
-    given = [negative for negative in found if negative is not None]
-    if given and self.family.is_guided is never_guided:
-        raise ValueError(
-            f"{type(self.pipe).__name__} has no unconditional branch that could read the negative "
-            f"prompt {given[0][:60]!r}: remove the field negative_prompt from the prompt file"
-        )
-    return found if given else None
-
-
-@patch
 def truncated_prompts(self: Policy, prompts: Sequence[str]) -> list[str]:
     """The prompts that are longer than the text encoder takes, in order, each once."""
     return self.text.truncated(prompts)
@@ -279,7 +263,9 @@ def sample_once(
     with ExitStack() as stack:
         stack.enter_context(source_area(self.pipe, self.world.get("source_area")))
         sources = self.sources_of(prompts, height, width)
-        text = self.text.batch(texts, guided, sources, self.negatives_of(prompts))
+        text = self.text.batch(
+            texts, guided, sources, negative_prompts(self.family, prompts, guided)
+        )
 
         def on_step(step: int) -> None:
             if step + 1 == hybrid_steps:
