@@ -25,7 +25,7 @@ from ..paths import shapes_path
 # %% auto #0
 __all__ = ['parse_dtype', 'parse_device', 'pipeline_folder', 'quiet_loading', 'read_world', 'LoadedPipeline', 'load_pipeline',
            'model_family', 'flow_scheduler', 'scheduled', 'no_steps', 'scales_sources', 'source_area', 'call_pipeline',
-           'decode_latents']
+           'decode_latents', 'prepare_parts', 'check_compiler', 'compile_blocks']
 
 # %% ../../nbs/models/04_pipelines.ipynb #83e0a005
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -297,3 +297,61 @@ def decode_latents(
             latents=latents,
             output_type="pt",
         )
+
+# %% ../../nbs/models/04_pipelines.ipynb #81eab6bb
+def prepare_parts(
+    pipe,
+    device: torch.device,
+    offload_text: bool,  # text encoders stay on the CPU
+    vae_tiling: bool,
+    gradient_checkpointing: bool,  # in the transformer
+    compile_backend: str | None,  # of torch.compile, for the transformer's blocks
+) -> None:
+    """Freeze every model of the pipeline, and move it to its place; prepare its transformer."""
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            stays = offload_text and name.startswith("text_encoder")
+            part.requires_grad_(False).eval().to("cpu" if stays else device)
+    if gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    if compile_backend:
+        compile_blocks(pipe.transformer, compile_backend)
+
+# %% ../../nbs/models/04_pipelines.ipynb #f81c870b
+def check_compiler(backend: str, device: torch.device) -> None:
+    """Refuse a backend of torch.compile that cannot compile a sum on this machine."""
+
+    def one_more(x):
+        return x + 1
+
+    try:
+        torch.compile(one_more, backend=backend)(torch.zeros(2, device=device))
+    except Exception as error:  # each backend and each missing tool has an error of its own
+        raise ValueError(
+            f"compile: torch.compile with {backend!r} does not work here: it needs a C++ compiler "
+            "(g++ or clang, and the headers of Python), on a GPU also Triton. Install them, or "
+            f"leave compile out. The cause: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def compile_blocks(transformer: torch.nn.Module, backend: str) -> None:
+    """Have torch.compile compile each kind of block at its first call; names and weights stay.
+
+    Raises ValueError for quantised weights, and where there is no list of blocks.
+    """
+    plain = all(p.is_floating_point() for p in transformer.parameters())
+    if not plain or getattr(transformer, "hf_quantizer", None):
+        raise ValueError(
+            "compile: quantised weights are not compiled: load the model in bfloat16, or leave "
+            "compile out"
+        )
+    lists = [m for m in transformer.children() if isinstance(m, torch.nn.ModuleList)]
+    if not lists:
+        kind = type(transformer).__name__
+        raise ValueError(f"compile: {kind} has no list of blocks; leave compile out")
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)  # shapes, adapters, gradients
+    for block in (block for blocks in lists for block in blocks):
+        block.compile(backend=backend)

@@ -40,11 +40,13 @@ from .embeddings import PromptCache, negative_prompts
 from .families import family_of
 from chunk_grpo_nb.models.pipelines import (
     LoadedPipeline,
+    check_compiler,
     decode_latents,
     flow_scheduler,
     load_pipeline,
     parse_device,
     parse_dtype,
+    prepare_parts,
     source_area,
 )
 from chunk_grpo_nb.models.recording import (
@@ -355,16 +357,6 @@ def sampled(
     """The transitions from which the recorded steps were drawn; no transformer call."""
     return sampled_transition(recording, rows, steps, self.device)
 
-# %% ../../nbs/models/11_policy.ipynb #89e0a009
-def _prepare_parts(pipe, device: torch.device, offload_text: bool, vae_tiling: bool) -> None:
-    """Freeze every model of the pipeline, and move it to its place."""
-    if vae_tiling:
-        pipe.vae.enable_tiling()
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module):
-            stays = offload_text and name.startswith("text_encoder")
-            part.requires_grad_(False).eval().to("cpu" if stays else device)
-
 # %% ../../nbs/models/11_policy.ipynb #ad6a0826
 def _lora_files(size: LoraSize | None, start, frozen) -> tuple[Path | None, Path | None]:
     """The files of the adapters, checked as far as they can be without the model."""
@@ -394,6 +386,7 @@ def load_policy(
     lora_targets: Sequence[str] | str | None = None,  # None = the family's attention projections
     keep_reference: bool = False,  # full training: keep a frozen CPU copy for `reference`
     gradient_checkpointing: bool = False,
+    compile_backend: str | None = None,  # "inductor": torch.compile of the transformer's blocks
     autocast: str | None = None,  # "bfloat16": float32 weights, transformer in bfloat16
     offload_text: bool = False,  # text encoders on the CPU while not encoding
     vae_tiling: bool = False,  # decode large images in tiles
@@ -409,14 +402,14 @@ def load_policy(
     place, size = parse_device(device), lora_size(lora_rank, lora_alpha) if lora_rank else None
     precision = parse_dtype(autocast) if autocast else None
     state_store(store_on)
+    if compile_backend:
+        check_compiler(compile_backend, place)
     start, frozen = _lora_files(size, start_lora, frozen_lora)
     from_disk = isinstance(model, (str, Path))
     loaded = load_pipeline(model, dtype) if from_disk else LoadedPipeline(model, {})
     pipe, family = loaded.pipe, family_of(loaded.pipe)
     flow_scheduler(pipe)  # refuses a schedule that cannot be replayed
-    _prepare_parts(pipe, place, offload_text, vae_tiling)
-    if gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+    prepare_parts(pipe, place, offload_text, vae_tiling, gradient_checkpointing, compile_backend)
     if frozen:
         add_frozen_lora(pipe.transformer, frozen)
     if size:

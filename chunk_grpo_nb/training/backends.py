@@ -215,8 +215,13 @@ class FullySharded(Backend):
         self.loss_scale = float(self.num_processes)  # its reduction is a mean
 
     def supports(self, config: Config) -> None:
-        """A moving average, and a reference beside all weights, are not there in parts."""
+        """A moving average, a reference beside all weights, compiled blocks: not in parts."""
         super().supports(config)
+        if config.optimisation.compile:
+            raise ValueError(
+                "config: compile = true was never tried with sharded weights; leave it out, or "
+                "train with whole weights on each card"
+            )
         if config.optimisation.ema_decay:
             raise ValueError("config: ema_decay > 0 is not supported for sharded weights; set it 0")
         if config.objective.kl_weight and not config.policy.lora_rank:

@@ -348,6 +348,12 @@ class OptimisationSettings(Group):
         at_least=0,
         may_change=True,
     )
+    compile: bool = setting(
+        False,
+        "torch.compile of the transformer's blocks: minutes at first, then faster calls; needs a "
+        "C++ compiler, changes rounding",
+        may_change=True,
+    )
 
 # %% ../../nbs/training/01_settings.ipynb #8dd3bebe
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def make_policy(config: Config, device: str = "cpu") -> Policy:
         keep_reference=config.objective.kl_weight > 0,
         autocast="bfloat16" if settings.mixed_precision == "bf16" else None,
         gradient_checkpointing=settings.gradient_checkpointing,
+        compile_backend="inductor" if config.optimisation.compile else None,
         offload_text=settings.offload_text,
         vae_tiling=settings.vae_tiling,
         store_on=settings.store_on,
