@@ -39,6 +39,17 @@ def gain_sentence(record: dict) -> str:
     )
 
 
+def memory_sentence(record: dict) -> str:
+    """Peak memory of a long streamed chunk against a single step, where it was measured."""
+    ratio = record.get("chunk_over_step_memory")
+    if ratio is None:
+        return ""
+    return (
+        "Peak memory of an update beyond the model, the seven steps of an image as one streamed "
+        f"chunk over a single step: {ratio:.2f}. "
+    )
+
+
 def elementwise(record: dict) -> str:
     """The three dearest operators that are no matrix products, with their share of the time."""
     rows = [row for row in record["operators"] if row["limit"] == "memory"][:3]
@@ -57,6 +68,9 @@ def speed_table() -> str:
         [text, *(shown(found[name], style) for found in sizes.values())]
         for name, (text, style) in WHAT.items()
     ]
+    if all("peak_bytes" in found for found in sizes.values()):
+        peaks = [f"{found['peak_bytes'] / 1e6:,.0f} MB" for found in sizes.values()]
+        rows.append(["peak memory of an iteration beyond the model", *peaks])
     rows.append(["where the seconds go", *map(stages_row, sizes.values())])
     products = record["products"]
     return "\n\n".join(
@@ -68,9 +82,7 @@ def speed_table() -> str:
             f"Of an update of the embedded model, matrix products take {products['share']:.0%} "
             f"and run at {products['of_limit']:.0%} of the best product; the rest works "
             f"element by element, {elementwise(record)}. "
-            "Peak memory of an update beyond the model, seven steps of an image as one streamed "
-            f"chunk over seven ratios of their own: {record['streamed_memory_ratio']:.2f}. "
-            f"{gain_sentence(record)} "
+            f"{memory_sentence(record)}{gain_sentence(record)} "
             "[The executed notebook](data/results/speed/07_speed.ipynb) has the operators.",
             "![Stages of an iteration; limit, bare calls, iteration and the release's loop]"
             "(data/results/speed/speed.png)",

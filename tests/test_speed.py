@@ -183,7 +183,7 @@ def test_versions_are_timed_in_turns(tmp_path):
 
 def test_the_readme_shows_the_committed_record(monkeypatch):
     monkeypatch.syspath_prepend(str(RESULTS.parent.parent / "ci"))
-    from speed_page import gain_sentence, shown, speed_table
+    from speed_page import gain_sentence, memory_sentence, shown, speed_table
 
     assert shown({"median": 0.5, "low": 0.4, "high": 0.61}, "{:.0%}") == "50% [40%, 61%]"
     arm = {"arm": "a", "reached": 2, "runs": 3, "evaluations": 10, "evaluations_low": 5}
@@ -191,4 +191,6 @@ def test_the_readme_shows_the_committed_record(monkeypatch):
     known, never = arm | {"evaluations_high": 20}, arm | {"arm": "b", "evaluations_high": None}
     text = gain_sentence({"time_to_gain": record | {"arms": [known, never]}})
     assert "a 10 [5, 20] (2 of 3 runs); b 10 [5, never] (2 of 3 runs)" in text
+    assert "over a single step: 1.07" in memory_sentence({"chunk_over_step_memory": 1.066})
+    assert memory_sentence({}) == ""
     assert "| embedded, " in speed_table()
