@@ -194,12 +194,13 @@ def claims_table() -> str:
         [
             "On the embedded model, with a learned preference as the reward. So far "
             f"{len(run)} of the {len(arms)} planned arms have been run "
-            f"({', '.join(sorted(run))}; {hours:.1f} hours of one core), and the experiments that "
-            "train nothing. Differences are on held-out prompts, with 95 % intervals over seeds; "
+            f"({', '.join(sorted(run))}; {hours:.1f} hours of runs on one core each, some of it "
+            "shared; 12 seeds are planned for each), and the experiments that train nothing. "
+            "Differences are on held-out prompts, with 95 % intervals over seeds; "
             f"an interval wholly inside ±{record['margin']} of the trained reward would count as "
             "no difference. A *hint* is an interval that excludes zero and was not planned, or not "
             "corrected. [The executed notebook](data/results/paper/06_claims.ipynb) "
-            "has the figures.",
+            "has the figures; what was found when, stands in a [log](data/results/findings.md).",
             markdown_table(header, rows),
             "What a chunking does, taken apart: the five questions that were written down before "
             "the runs, in the trained reward, with Holm's correction over all five.",
@@ -209,6 +210,10 @@ def claims_table() -> str:
             ),
             "![Runs of every arm, a point each, and the base model]"
             "(data/results/paper/shapes_pick.png)",
+            "Hybrid inference: the trained model draws the first steps, the base model the rest "
+            "([notebook](data/results/paper/hybrid/08_hybrid.ipynb)).",
+            "![Change of each measure against the number of trained steps]"
+            "(data/results/paper/hybrid/splits.png)",
         ]
     )
 

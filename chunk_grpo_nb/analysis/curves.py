@@ -185,7 +185,8 @@ def plot_arms(
     dotted = "" if reference is None else "\n(dotted: before training)"
     left.set(xlabel=(label or y.replace("_", " ")) + dotted, ylabel="")
     left.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - 0.5, -0.5))
-    pairs = int(differences.pairs.min()) if len(differences) else 0
+    counts = sorted({int(n) for n in differences["pairs"]}) or [0]
+    pairs = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     right.set_xlabel(f"difference to {baseline}\n95 % interval over {pairs} pairs")
     if table[seed].nunique() <= 10:
         legend_beside(right, left.get_legend_handles_labels()[0], title="seed")
