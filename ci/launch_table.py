@@ -57,7 +57,7 @@ def trains(policy, bits: int | None) -> str:
     return "all weights: float32 masters, bf16 products, sharded"
 
 
-def facts(name: str) -> dict:
+def deciding_settings(name: str) -> dict:
     """What a plan is made from: cards, model and the settings that decide memory."""
     from chunk_grpo_nb.training.config import flat, load_config
 
@@ -76,7 +76,7 @@ def facts(name: str) -> dict:
 
 
 def planned(name: str) -> dict:
-    """The record of one parameter file: its facts and what it asks of a card."""
+    """The record of one parameter file: its deciding settings and what it asks of a card."""
     from chunk_grpo_nb.analysis.memory import pipeline_shape, plan_memory
     from chunk_grpo_nb.training.config import load_config
 
@@ -86,7 +86,11 @@ def planned(name: str) -> dict:
     plan = plan_memory(config, shape=shape, **options)
     print(f"{name}\n{plan.table()}", flush=True)
     peak, free = round(plan.peak / 1e9, 1), plan.reserve
-    return facts(name) | {"peak_gb": peak, "kept_free": free, "not_counted": list(plan.notes)}
+    return deciding_settings(name) | {
+        "peak_gb": peak,
+        "kept_free": free,
+        "not_counted": list(plan.notes),
+    }
 
 
 REWARDS = {"hpsv3": "HPSv3", "pickscore": "PickScore"}

@@ -133,7 +133,9 @@ def test_other_settings_are_refused(folder, tmp_path):
         train(config, tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("setting", [{"lr_schedule": "cosine"}, {"selection": "anneal"}])
+@pytest.mark.parametrize(
+    "setting", [{"lr_schedule": "cosine"}, {"selection": "anneal", "fraction": 0.5}]
+)
 def test_more_iterations_under_a_schedule_are_refused(folder, tmp_path, setting):
     train(tiny_config(folder, **setting), tmp_path / "run")
     with pytest.raises(ValueError, match="iterations was 2, now 3"):

@@ -104,6 +104,25 @@ def client(server, name: str, **options) -> RemoteReward:
 # ---------------------------------------------------------------- a real process
 
 
+def test_a_server_in_front_of_another_asks_it_before_it_starts(server, monkeypatch):
+    monkeypatch.setenv("CHUNK_GRPO_TOKEN", "secret")
+    dead = f"http://127.0.0.1:{free_port()}/width"
+    with pytest.raises(RewardUnavailable, match="Is the server up"):
+        serve(["no_such_module:width", dead], port=free_port())
+    with pytest.raises(RewardUnavailable, match="has no reward 'height'"):
+        serve([f"{server[0]}/height"], port=free_port())
+    with pytest.raises(ValueError, match="two rewards would be served as 'width'"):
+        serve([f"{server[0]}/width", "module:width"], port=free_port())
+
+
+def test_a_server_passes_images_on_to_another(server, monkeypatch):
+    monkeypatch.setenv("CHUNK_GRPO_TOKEN", "secret")
+    served = _load_served([f"{server[0]}/width"], {})
+    with running_server(served) as url:
+        found = score(make_reward(f"{url}/width"), IMAGES[:3], PROMPTS[:3])
+    assert found.tolist() == [10.0, 111.0, 212.0]
+
+
 def test_scores_come_back_in_order_with_metadata(server):
     remote = client(server, "width", batch_size=2)
     assert remote.health() == {
@@ -535,25 +554,6 @@ def test_a_port_that_is_taken_and_a_misspelt_option_are_refused_before_loading()
         serve(["jpeg_compressibility"], port=70_000)
     with pytest.raises(ValueError, match="does not take quantity"):
         serve(["jpeg_compressibility"], {"jpeg_compressibility": {"quantity": 1}}, port=free_port())
-
-
-def test_a_server_in_front_of_another_asks_it_before_it_starts(server, monkeypatch):
-    monkeypatch.setenv("CHUNK_GRPO_TOKEN", "secret")
-    dead = f"http://127.0.0.1:{free_port()}/width"
-    with pytest.raises(RewardUnavailable, match="Is the server up"):
-        serve(["no_such_module:width", dead], port=free_port())
-    with pytest.raises(RewardUnavailable, match="has no reward 'height'"):
-        serve([f"{server[0]}/height"], port=free_port())
-    with pytest.raises(ValueError, match="two rewards would be served as 'width'"):
-        serve([f"{server[0]}/width", "module:width"], port=free_port())
-
-
-def test_a_server_passes_images_on_to_another(server, monkeypatch):
-    monkeypatch.setenv("CHUNK_GRPO_TOKEN", "secret")
-    served = _load_served([f"{server[0]}/width"], {})
-    with running_server(served) as url:
-        found = score(make_reward(f"{url}/width"), IMAGES[:3], PROMPTS[:3])
-    assert found.tolist() == [10.0, 111.0, 212.0]
 
 
 def test_a_group_reward_behind_a_server_gets_whole_groups():
