@@ -91,6 +91,24 @@ def headline_words(record: dict) -> str:
     return "\n".join(lines)
 
 
+def hybrid_words(gold: str) -> str:
+    """What the base model's last steps give back, in a sentence."""
+    record = read_json(RESULTS / "paper" / "hybrid" / "summary.json")
+    every_step = max(record["splits"])
+    share = min(record["splits"], key=lambda n: abs(n / every_step - 0.6))  # the paper's 30 of 50
+    changes = {
+        r["first"]: interval({"mean": r["change"], **r})
+        for r in record["changes"]
+        if r["measure"] == gold
+    }
+    return (
+        f"- Drawn with the trained model for the first {share} of {every_step} steps and with the "
+        f"base model for the rest, the utility changes by {changes[share]}; with the trained model "
+        f"throughout by {changes[every_step]} ({record['policies']} other trained models, interval "
+        "over them; [hybrid inference](data/results/paper/hybrid/08_hybrid.ipynb))."
+    )
+
+
 def headline_results() -> str:
     """Table and pictures of the committed headline runs."""
     record = read_json(RESULTS / "headline" / "summary.json")
@@ -100,7 +118,7 @@ def headline_results() -> str:
         [
             f"The quickstart trains one pair of runs; here are {seeds:.0f} such pairs, the same "
             f"settings on {seeds:.0f} seeds:",
-            headline_words(record),
+            f"{headline_words(record)}\n{hybrid_words(record['gold'])}",
             f"Means over {record['prompts']} held-out prompts, and differences with 95 % intervals "
             "over the seeds (Student's t, paired; not corrected for their number; the prompts are "
             "the same for all, so that the intervals do not speak about other prompts):",
